@@ -80,15 +80,15 @@ def load_base(name="tiny",         # "tiny", "sd15", a folder or a hub id
         if isinstance(m, nn.Module): m.to(device).eval().requires_grad_(False)
     return Base(**parts, path=str(name))
 
-# %% ../nbs/00_models.ipynb #0d7df32d
+# %% ../nbs/00_models.ipynb #90ce9cc2
 @patch
 @torch.no_grad()
 def encode(self:Base, images, # (B,3,H,W) RGB in [-1,1]
-           generator=None,    # draw from the posterior with it; None takes the posterior's mode
+           noise=None,        # (B,4,H/f,W/f) standard normal: a draw from the posterior; None takes its mode
           ): # (B,4,H/f,W/f) latents of unit scale
     "Images to latents, without gradient."
     d = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-    return (d.mode() if generator is None else d.sample(generator)).float()*self.vae.config.scaling_factor
+    return (d.mode() if noise is None else d.mean + d.std*noise.to(d.mean)).float()*self.vae.config.scaling_factor
 
 @patch
 def decode(self:Base, latents, # (B,4,h,w) of unit scale
