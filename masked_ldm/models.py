@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BASES', 'PARTS', 'Base', 'check_base', 'load_base', 'make_branch', 'load_branch', 'ControlledUNet']
 
-# %% ../nbs/00_models.ipynb #d86ff59e
+# %% ../nbs/00_models.ipynb #55c6e1c3
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from fastcore.basics import patch
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
 # %% ../nbs/00_models.ipynb #4ff390af
 BASES = dict(tiny=str(files("masked_ldm")/"assets"/"tiny"), sd15="stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -45,7 +47,7 @@ def check_base(index,   # parsed `model_index.json`
     if "text_encoder_2" in index or "XL" in kind: raise ValueError(f"base {path} is {kind} with two text encoders; a Stable Diffusion 1.x or 2.x base is needed")
     if unet.get("in_channels", 4) != 4: raise ValueError(f"base {path} has a UNet with {unet['in_channels']} input channels (inpainting or editing); a text-to-image base with 4 is needed")
 
-# %% ../nbs/00_models.ipynb #151c7937
+# %% ../nbs/00_models.ipynb #e467a083
 def _missing(path):
     "Which of a local base's parts are not there."
     want = dict(vae=("config.json", "*.safetensors"), unet=("config.json", "*.safetensors"), text_encoder=("config.json", "*.safetensors"),
@@ -64,6 +66,13 @@ def _fetch(repo): # hub id -> local folder with what a base needs, from the cach
         raise FileNotFoundError(f"base {repo} is neither a local folder nor in the Hugging Face cache, and could not be downloaded ({type(e).__name__}); missing: vae, unet, text_encoder, "
                                 f"tokenizer, scheduler. On a machine with internet run `hf download {repo}`, then copy the cache or pass the folder as `base`") from None
 
+@contextmanager
+def _no_bars():
+    "Silence transformers' progress bars for a while: they end up in notebooks."
+    shown = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
+    try: yield
+    finally: logging.enable_progress_bar() if shown else None
+
 def load_base(name="tiny",         # "tiny", "sd15", a folder or a hub id
               device="cpu",        # where the parts go
               dtype=torch.float32, # of the weights
@@ -75,7 +84,7 @@ def load_base(name="tiny",         # "tiny", "sd15", a folder or a hub id
     read = lambda p: json.loads((Path(path)/p).read_text())
     check_base(read("model_index.json"), read("unet/config.json"), path)
     kw = dict(use_safetensors=True, torch_dtype=dtype)
-    parts = {k: c.from_pretrained(path, subfolder=k, **(kw if issubclass(c, nn.Module) else {})) for k, c in PARTS.items()}
+    with _no_bars(): parts = {k: c.from_pretrained(path, subfolder=k, **(kw if issubclass(c, nn.Module) else {})) for k, c in PARTS.items()}
     for m in parts.values():
         if isinstance(m, nn.Module): m.to(device).eval().requires_grad_(False)
     return Base(**parts, path=str(name))
@@ -104,7 +113,7 @@ def embed(self:Base, texts, # list of B captions
     ids = self.tokenizer(list(texts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.float()
 
-# %% ../nbs/00_models.ipynb #8c24c0eb
+# %% ../nbs/00_models.ipynb #682eb404
 def _no_hint(cond): return 0.  # what the untrained hint embedding adds
 
 def _skip_hint(branch):
@@ -119,7 +128,7 @@ def make_branch(unet, # the frozen `UNet2DConditionModel`
     "A hint-free ControlNet branch, initialised from the base's encoder."
     widths = (16, 32, 96, 256)[:max(1, f.bit_length())]
     branch = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
-    return _skip_hint(branch.to(unet.device, torch.float32).train().requires_grad_(True))
+    return _skip_hint(branch.float().to(unet.device).train().requires_grad_(True))
 
 def load_branch(path,        # folder written by `branch.save_pretrained`
                 device="cpu"): # where it goes

@@ -72,7 +72,7 @@ class MaskAwareObjective(nn.Module):
         "(B,) bool: does this timestep get the perceptual terms?"
         return t <= self.T if self.variant == "as_published" and self.T else t < self.T
 
-# %% ../nbs/04b_objective.ipynb #a6bdf4b1
+# %% ../nbs/04b_objective.ipynb #904ccbb6
 def boxes_of(boxes, # (M,5) rows of (image number, x0, y0, x1, y1)
              keep,  # (B,) bool: the images that stay
             ): # (M',5) the boxes of those images, renumbered
@@ -87,6 +87,7 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
             target,                         # (B,3,H,W) the pictures, RGB in [-1,1]
             mask,                           # (B,1,H,W) people, in [0,1]
             boxes,                          # (M,5) faces: rows of (image number, x0, y0, x1, y1)
+            people=None,                    # ((K,1,H,W) masks, (K,) image numbers), for a `MaskedLPIPS` with `per_person`
            ): # `Terms`
     "The weighted loss and everything needed to log it."
     low, lp, fc, images = self.gate(t) & bool(self.lambda1 or self.lambda2), torch.zeros_like(l_ldm), torch.zeros_like(l_ldm), None
@@ -95,7 +96,8 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
     if self.variant == "paper": low = low & ((has_mask & bool(self.lambda1)) | has_face)   # nothing to look at: not decoded
     if low.any():
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.variant == "paper"): images = self.decode(x0_latents[low])
-        if self.lambda1: lp = lp.masked_scatter(low, self.lpips(images, target[low], mask[low]).to(lp.dtype))
+        masks = (mask[low],) if people is None else (people[0][low[people[1]]], (low.cumsum(0) - 1)[people[1][low[people[1]]]])
+        if self.lambda1: lp = lp.masked_scatter(low, self.lpips(images, target[low], *masks).to(lp.dtype))
         if self.lambda2 and has_face[low].any(): fc = fc.masked_scatter(low, self.face(images, target[low], boxes_of(boxes, low)).to(fc.dtype))
     weights = published_weights if self.variant == "as_published" else term_weights
     w1, w2, w3 = weights(low, has_mask, has_face, self.lambda1, self.lambda2).to(l_ldm.dtype)
