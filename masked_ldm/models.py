@@ -113,7 +113,7 @@ def embed(self:Base, texts, # list of B captions
     ids = self.tokenizer(list(texts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.float()
 
-# %% ../nbs/00_models.ipynb #682eb404
+# %% ../nbs/00_models.ipynb #63e0cedd
 def _no_hint(cond): return 0.  # what the untrained hint embedding adds
 
 def _skip_hint(branch):
@@ -127,7 +127,8 @@ def make_branch(unet, # the frozen `UNet2DConditionModel`
                ): # `ControlNetModel`, trainable but for its hint embedding
     "A hint-free ControlNet branch, initialised from the base's encoder."
     widths = (16, 32, 96, 256)[:max(1, f.bit_length())]
-    branch = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    with torch.random.fork_rng(devices=[]):   # the unused hint embedding is random: let it at least be always the same
+        torch.manual_seed(0); branch = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     return _skip_hint(branch.float().to(unet.device).train().requires_grad_(True))
 
 def load_branch(path,        # folder written by `branch.save_pretrained`

@@ -1,0 +1,27 @@
+"Shared by the tests: where things are, and one small world."
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "runs", "_proc"} & set(p.parts))
+
+def run(*args, **env):
+    "A command in the repository's root: (exit code, everything it printed)."
+    r = subprocess.run([str(a) for a in args], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    return r.returncode, r.stdout
+
+def papermill(out, *parameters, notebook="nbs/05_train.ipynb"):
+    "Run a notebook by papermill with `name, value` pairs."
+    return run(sys.executable, "-m", "papermill", notebook, out, "--no-progress-bar", *(x for name, value in parameters for x in ("-p", name, value)))
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    "A small built-in world on disk."
+    from masked_ldm.people import write_world
+    return write_world(tmp_path_factory.mktemp("data")/"world", 64, 12)
+
+@pytest.fixture
+def quick(tmp_path):
+    "Settings that make a run short, as a dict."
+    return dict(out_dir=str(tmp_path/"run"), cache_dir=str(tmp_path/"cache"), world_pictures=48, val_pictures=4, max_steps=6, batch_size=4, sample_interval=100, sample_steps=2, checkpointing_steps=3, log_steps=1, report_to="none")

@@ -1,0 +1,46 @@
+"The house: notebooks, README and settings say the same thing."
+import ast, json, re
+from dataclasses import fields
+import nbformat, pytest
+from conftest import NOTEBOOKS, ROOT
+from readme import readme
+
+def cells(path): return nbformat.read(path, 4).cells
+
+@pytest.mark.parametrize("name", ["05_train", "06_evaluate", "11_tiny_base"])
+def test_one_parameters_cell(name):
+    assert sum("parameters" in c.metadata.get("tags", []) for c in cells(ROOT/"nbs"/f"{name}.ipynb")) == 1
+
+def test_every_field_is_a_parameter():
+    from masked_ldm.train import TrainConfig
+    cell, = (c for c in cells(ROOT/"nbs"/"05_train.ipynb") if "parameters" in c.metadata.get("tags", []))
+    assert {t.id for node in ast.parse(cell.source).body for t in node.targets} == {f.name for f in fields(TrainConfig)}
+
+def test_parameter_comments_tell_the_presets():
+    from masked_ldm.train import TrainConfig
+    cell, = (c for c in cells(ROOT/"nbs"/"05_train.ipynb") if "parameters" in c.metadata.get("tags", []))
+    tiny = TrainConfig.make()
+    for name in ("T", "lambda1", "lambda2", "size", "max_steps", "batch_size", "learning_rate", "world_pictures", "val_pictures", "guidance_scale", "sample_steps", "log_steps"):
+        line, = (l for l in cell.source.splitlines() if l.startswith(f"{name} = None")); told = re.split(r"\s{2,}", line.strip())[-1].lstrip("# ").split(" / ")[0]
+        assert float(told) == float(getattr(tiny, name)), line
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_reads_well(path):
+    cs = cells(path); first = cs[0].source; code = [c for c in cs if c.cell_type == "code"]; text = json.dumps([c.outputs for c in code])
+    assert first.startswith("# ") and "\n> " in first, "opens with H1 and a one-line claim"
+    assert any(c.outputs for c in code), "no outputs saved"
+    assert not any(o.output_type == "error" for c in code for o in c.outputs), "an error is saved"
+    assert not re.search(r"(?<![\w.:/])/(?:work|root|tmp|home|Users)/[\w./-]+", text), "a machine path in an output"
+    assert "it/s]" not in text, "a progress bar in an output"
+    assert path.stat().st_size < 800_000
+
+def test_readme_is_the_index(): assert (ROOT/"README.md").read_text() == readme()
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme()): assert (ROOT/target).exists(), target
+
+def test_quarto_file_is_one(): assert (ROOT/"nbs"/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
+
+def test_sidebar_lists_every_notebook():
+    listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT/"_quarto.yml").read_text()))
+    assert listed == {str(p.relative_to(ROOT/"nbs")) for p in NOTEBOOKS}
