@@ -27,7 +27,7 @@ def load_judges(kind="tiny"): # "tiny" or "photos"
     if kind == "tiny": return MaskedLPIPS(load_tap("judge_perceptual")), FaceLoss(load_tap("judge_face"))
     return MaskedLPIPS("alex"), FaceLoss("casia-webface")
 
-# %% ../nbs/06_evaluate.ipynb #7b6e7d26
+# %% ../nbs/06_evaluate.ipynb #ab0f6bd6
 @dataclass
 class Scores:
     "One-step scores, each (N, L): pictures by levels; NaN where there is nothing to score."
@@ -38,11 +38,16 @@ class Scores:
     levels: tuple
 
 @torch.no_grad()
-def one_step_scores(base,    # `Base`
-                    unet,    # `base.unet` or a `ControlledUNet`
-                    dataset, # `PersonDataset`; the first `n` pictures, not augmented
-                    lpips, face, # judges
-                    n=32, levels=(20, 60, 100, 200, 400), seed=0, batch_size=8): # pictures; timesteps; of the noise, by (seed, picture); a pass
+def one_step_scores(base,     # `Base`
+                    unet,     # `base.unet` or a `ControlledUNet`
+                    dataset,  # `PersonDataset`; its first `n` pictures, not augmented
+                    lpips,    # judge of people, a `MaskedLPIPS`
+                    face,     # judge of faces, a `FaceLoss`
+                    n=32,     # pictures
+                    levels=(20, 60, 100, 200, 400), # timesteps
+                    seed=0,   # of the noise, which is a function of (seed, picture)
+                    batch_size=8, # pictures a pass
+                   ): # `Scores`
     "Score the one-step estimate against the truth."
     out = {k: np.full((min(n, len(dataset)), len(levels)), np.nan) for k in ("person", "face", "noise", "psnr")}
     for i0 in range(0, min(n, len(dataset)), batch_size):
@@ -67,16 +72,28 @@ def paired(base,      # (N, ...) scores of the base
     pick = np.random.default_rng(seed).integers(0, len(a), (draws, len(a))); change = b[pick].mean(1)/a[pick].mean(1) - 1
     return dict(base=float(a.mean()), model=float(b.mean()), change=float(b.mean()/a.mean() - 1), low=float(np.quantile(change, .025)), high=float(np.quantile(change, .975)), n=len(a))
 
-# %% ../nbs/06_evaluate.ipynb #5b75e318
-def compare(base, unet, dataset, lpips, face, before=None, below=None, **kw):
-    "(metrics, `Scores` of the base, `Scores` of `unet`): paired differences over all levels and, with `below`, over levels t < `below`. `before` saves scoring the base again."
+# %% ../nbs/06_evaluate.ipynb #97ea1db5
+def compare(base,        # `Base`
+            unet,        # `ControlledUNet` to compare with the base's own
+            dataset,     # `PersonDataset`
+            lpips, face, # judges
+            before=None, # `Scores` of the base, if they are known already
+            below=None,  # also report the levels t < `below`: where the perceptual terms were on
+            **kw,        # for `one_step_scores`
+           ): # (metrics, `Scores` of the base, `Scores` of `unet`)
+    "Paired one-step differences, for people, faces and noise."
     before = before or one_step_scores(base, base.unet, dataset, lpips, face, **kw); after = one_step_scores(base, unet, dataset, lpips, face, **kw)
-    cut = np.asarray(before.levels) < (below if below is not None else np.inf); name = f"t<{below}" if below is not None else "all t"
-    out = {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]), "all t": paired(getattr(before, k), getattr(after, k))} if cut.any() else {"all t": paired(getattr(before, k), getattr(after, k))} for k in ("person", "face", "noise")}
+    cuts = {"all t": np.ones(len(before.levels), bool)}
+    if below is not None and (low := np.asarray(before.levels) < below).any(): cuts = {f"t<{below}": low, **cuts}
+    out = {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]) for name, cut in cuts.items()} for k in ("person", "face", "noise")}
     return dict(one_step=out, levels=list(before.levels), seed=kw.get("seed", 0), pictures=len(before.person)), before, after
 
-def evaluate(run,            # run folder
-             n=64, levels=(20, 60, 100, 200, 400), seed=1, device=None): # pictures, timesteps, of the noise, where
+def evaluate(run,         # run folder
+             n=64,        # held-out pictures
+             levels=(20, 60, 100, 200, 400), # timesteps
+             seed=1,      # of the noise
+             device=None, # a GPU if there is one
+            ): # metrics
     "Judge a run against its base on its held-out pictures; writes and returns metrics.json's `one_step`. Raises FileNotFoundError that names what is missing."
     run = Path(run)
     for name in ("config.json", "data.json", "controlnet/config.json"):
