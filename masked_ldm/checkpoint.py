@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['flat_state', 'load_flat_state', 'save_checkpoint', 'verify', 'latest_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/05b_checkpoint.ipynb #ad18b21e
+# %% ../nbs/05b_checkpoint.ipynb #92b01a81
 import hashlib, json, os, re, shutil, warnings
 from pathlib import Path
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/05b_checkpoint.ipynb #0c47e67e
@@ -25,7 +25,7 @@ def load_flat_state(optimizer, tensors, groups): # as `flat_state` returned them
     for key, v in tensors.items(): i, name = key.split("."); state.setdefault(int(i), {})[name] = v
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
-# %% ../nbs/05b_checkpoint.ipynb #0999793b
+# %% ../nbs/05b_checkpoint.ipynb #31b66a86
 def _sha(path): # of a file, in pieces, so that a large one does not fill memory
     h = hashlib.sha256()
     with open(path, "rb") as f:
@@ -47,13 +47,14 @@ def save_checkpoint(folder,    # of a run's checkpoints
         (tmp/"state.json").write_text(json.dumps(dict(step=step, groups=groups, **state), indent=1))
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
         (tmp/"sha256.json").write_text(json.dumps({str(p.relative_to(tmp)): _sha(p) for p in files}, indent=1))
-        shutil.rmtree(final, ignore_errors=True); os.replace(tmp, final)
-    except OSError as e:
+        if final.exists(): os.replace(final, folder/f".tmp-old-{final.name}")   # the same step again: aside first
+        os.replace(tmp, final); shutil.rmtree(folder/f".tmp-old-{final.name}", ignore_errors=True)
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True); raise OSError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from None
     for old in _steps(folder)[:-keep]: shutil.rmtree(old)
     return final
 
-def _steps(folder): return sorted(p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and p.is_dir())
+def _steps(folder): return sorted((p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and p.is_dir()), key=lambda p: int(p.name[5:]))
 
 # %% ../nbs/05b_checkpoint.ipynb #741f5ca6
 def verify(path): # of a checkpoint folder

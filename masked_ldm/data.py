@@ -88,7 +88,7 @@ def face_rows(row,       # manifest row
     def on_person(b): cx, cy = (b[0]+b[2])/2, (b[1]+b[3])/2; return any(x <= cx <= x+w and y <= cy <= y+h for p in row["people"] for x, y, w, h in [p["bbox"]])
     return [dict(box=[round(v, 2) for v in b], score=round(s, 4), detector="mtcnn") for b, s in zip(boxes.tolist(), scores.tolist()) if on_person(b)]
 
-# %% ../nbs/01_data.ipynb #c977069e
+# %% ../nbs/01_data.ipynb #bb8164cc
 MANIFEST_VERSION = 1
 
 def build_manifest(root,          # COCO 2017 root
@@ -112,7 +112,7 @@ def build_manifest(root,          # COCO 2017 root
     if not rows: raise ValueError(f"no picture of {folder} is left after filtering: {dict(dropped)}")
     text = "".join(json.dumps(r)+"\n" for r in rows)
     info = dict(version=MANIFEST_VERSION, split=split, min_area=min_area, faces=faces, pictures=len(images), kept=len(rows), dropped=dict(sorted(dropped.items())), people=sum(not p["iscrowd"] for r in rows for p in r["people"]),
-                face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), bad_masks=bad, sha256=hashlib.sha256(text.encode()).hexdigest())
+                face_boxes=sum(len(r["faces"]) for r in rows), content=hashlib.sha256(json.dumps([dict(r, file_name=Path(r["file_name"]).name) for r in rows]).encode()).hexdigest(), pictures_with_face=sum(bool(r["faces"]) for r in rows), bad_masks=bad, sha256=hashlib.sha256(text.encode()).hexdigest())
     out.mkdir(parents=True, exist_ok=True)
     for name, body in (("metadata.jsonl", text), ("manifest.json", json.dumps(info, indent=1))): (out/(name+".tmp")).write_text(body); os.replace(out/(name+".tmp"), out/name)
     return out/"metadata.jsonl"
@@ -202,13 +202,13 @@ def collate(samples): # list of `PersonDataset` samples
     return Batch(torch.stack([s["pixels"] for s in samples]), torch.stack([s["mask"] for s in samples]), torch.cat([s["people"] for s in samples])[:, None],
                  torch.arange(len(samples)).repeat_interleave(n), torch.cat(rows), torch.cat([s["joints"] for s in samples]), [s["caption"] for s in samples], [s["image_id"] for s in samples])
 
-# %% ../nbs/01_data.ipynb #7aa83874
+# %% ../nbs/01_data.ipynb #026c3893
 def batch_keys(n,          # pictures in the data set
                batch_size, # pictures a step
                seed,       # of the order
                start=0,    # first step
                stop=1,     # after the last step
-              ): # list of lists of (epoch, i), for `DataLoader(batch_sampler=...)`
+              ): # yields lists of (epoch, i), for `DataLoader(batch_sampler=...)`
     "The pictures of every step. The rest of an epoch that does not fill a batch is left out. Raises ValueError if not even one batch fits."
     per = n//batch_size
     if not per: raise ValueError(f"the data set has {n} pictures, fewer than one batch of {batch_size}")
@@ -217,4 +217,4 @@ def batch_keys(n,          # pictures in the data set
         e, k = divmod(step, per)
         if e not in order: order.clear(); order[e] = np.random.default_rng([seed, e]).permutation(n).tolist()
         return [(e, i) for i in order[e][k*batch_size:(k+1)*batch_size]]
-    return [at(s) for s in range(start, stop)]
+    return (at(s) for s in range(start, stop))

@@ -6,8 +6,8 @@
 __all__ = ['COLORS', 'SKINS', 'HAIRS', 'EYES', 'PARTS', 'KINDS', 'HAIR_STYLES', 'MOODS', 'HATS', 'TOPS', 'BOTTOMS', 'PROPS',
            'POSES', 'JOINTS', 'shade', 'Canvas', 'Look', 'Person', 'skeleton', 'face_frame', 'draw_person', 'portrait']
 
-# %% ../nbs/09_draw.ipynb #dd70ddf0
-import colorsys, math
+# %% ../nbs/09_draw.ipynb #93c25b72
+import math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch

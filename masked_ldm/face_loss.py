@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['FACE_LAYERS', 'detect_faces', 'crop_faces', 'load_face_net', 'FaceLoss']
 
-# %% ../nbs/04_face_loss.ipynb #7506ffd2
+# %% ../nbs/04_face_loss.ipynb #3b1a1943
 from functools import lru_cache
 import numpy as np, torch
-import torch.nn.functional as F
 from facenet_pytorch import MTCNN, InceptionResnetV1
 from fastcore.basics import patch
 from torch import nn
 from torchvision.ops import roi_align
 
-# %% ../nbs/04_face_loss.ipynb #c68b7b3e
+# %% ../nbs/04_face_loss.ipynb #e2e8533e
 @lru_cache(maxsize=4)
 def _mtcnn(min_size, device): return MTCNN(keep_all=True, min_face_size=min_size, device=device)
 
@@ -24,7 +23,7 @@ def detect_faces(images,        # list of PIL images (any mode), of any sizes
                  min_score=.9,  # MTCNN's confidence, in [0,1]
                  device="cpu",  # where MTCNN runs
                 ): # per image (boxes (n,4) float x0,y0,x1,y1 in pixels, clipped to the image; scores (n,))
-    "Faces in photographs, by MTCNN; best first."
+    "Faces in photographs, by MTCNN; largest first."
     out = []
     for im in images:
         im = im.convert("RGB"); boxes, scores = _mtcnn(min_size, str(device)).detect(im)
@@ -35,16 +34,17 @@ def detect_faces(images,        # list of PIL images (any mode), of any sizes
         out.append((boxes[keep], scores[keep]))
     return out
 
-# %% ../nbs/04_face_loss.ipynb #2449da96
+# %% ../nbs/04_face_loss.ipynb #b7984777
 def crop_faces(x,        # (B,3,H,W)
                boxes,    # (M,5) rows of (image number, x0, y0, x1, y1), pixels
                size=160, # side of a crop, pixels
                margin=0.,# share of the box's side added on each side
               ): # (M,3,size,size), differentiable
-    "Face crops by roi_align; a box that reaches over the edge sees the edge repeated."
+    "Face crops by roi_align, at least float32; a margin ends at the edge of the picture."
+    boxes, x = boxes.to(torch.float32), x.to(torch.promote_types(torch.float32, x.dtype))
     if margin:
-        grow = (boxes[:, 3:] - boxes[:, 1:3])*margin
-        boxes = torch.cat([boxes[:, :1], boxes[:, 1:3]-grow, boxes[:, 3:]+grow], 1)
+        grow = (boxes[:, 3:] - boxes[:, 1:3])*margin; end = boxes.new_tensor([x.shape[-1], x.shape[-2]])
+        boxes = torch.cat([boxes[:, :1], (boxes[:, 1:3]-grow).clamp(min=0), torch.minimum(boxes[:, 3:]+grow, end)], 1)
     return roi_align(x, boxes.to(x.dtype), size, aligned=True)
 
 # %% ../nbs/04_face_loss.ipynb #f47fc081

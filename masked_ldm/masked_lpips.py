@@ -20,7 +20,7 @@ def unit(f,         # (B,C,h,w) features
     f = f.to(torch.promote_types(torch.float32, f.dtype))
     return f*(f.square().sum(1, keepdim=True) + eps).rsqrt()
 
-# %% ../nbs/03_masked_lpips.ipynb #04dbee55
+# %% ../nbs/03_masked_lpips.ipynb #91e3ab77
 @lru_cache(maxsize=64)
 def _shrink(n, m):
     "(m, n) matrix: transpose of bilinear upsampling from `m` to `n`, rows summing to 1."
@@ -32,7 +32,7 @@ def shrink_mask(mask, # (B,1,H,W) in [0,1]
                ): # (B,1,h,w): how much of what each cell stands for is inside the mask, in [0,1]
     "Pull a mask back to a feature map's own grid."
     A, B = (_shrink(n, m).to(mask.device, mask.dtype) for n, m in zip(mask.shape[-2:], size))
-    return A @ mask @ B.T
+    with torch.autocast(mask.device.type, enabled=False): return A @ mask @ B.T   # sums over thousands of pixels: not in half precision
 
 # %% ../nbs/03_masked_lpips.ipynb #03b86be1
 def load_lpips(net="vgg", # "vgg", "alex" or "squeeze"

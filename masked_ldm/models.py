@@ -18,8 +18,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-# %% ../nbs/00_models.ipynb #4ff390af
-BASES = dict(tiny=str(files("masked_ldm")/"assets"/"tiny"), sd15="stable-diffusion-v1-5/stable-diffusion-v1-5")
+# %% ../nbs/00_models.ipynb #aabf458d
+BASES = dict(tiny=str(files("masked_ldm")/"assets"/"tiny"), **dict.fromkeys(("sd15", "sd15-12gb"), "stable-diffusion-v1-5/stable-diffusion-v1-5"))
 PARTS = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer, scheduler=DDPMScheduler)
 
 @dataclass
@@ -47,7 +47,7 @@ def check_base(index,   # parsed `model_index.json`
     if "text_encoder_2" in index or "XL" in kind: raise ValueError(f"base {path} is {kind} with two text encoders; a Stable Diffusion 1.x or 2.x base is needed")
     if unet.get("in_channels", 4) != 4: raise ValueError(f"base {path} has a UNet with {unet['in_channels']} input channels (inpainting or editing); a text-to-image base with 4 is needed")
 
-# %% ../nbs/00_models.ipynb #e467a083
+# %% ../nbs/00_models.ipynb #493a9655
 def _missing(path):
     "Which of a local base's parts are not there."
     want = dict(vae=("config.json", "*.safetensors"), unet=("config.json", "*.safetensors"), text_encoder=("config.json", "*.safetensors"),
@@ -59,7 +59,8 @@ def _fetch(repo): # hub id -> local folder with what a base needs, from the cach
     from huggingface_hub import snapshot_download
     keep = ["model_index.json", "vae/*.json", "vae/diffusion_pytorch_model.safetensors", "unet/*.json", "unet/diffusion_pytorch_model.safetensors",
             "text_encoder/*.json", "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*"]
-    try: return snapshot_download(repo, allow_patterns=keep, local_files_only=True)
+    try:
+        if not _missing(path := snapshot_download(repo, allow_patterns=keep, local_files_only=True)): return path   # whole, not a broken-off download
     except Exception: pass
     try: return snapshot_download(repo, allow_patterns=keep)
     except Exception as e:
@@ -89,7 +90,7 @@ def load_base(name="tiny",         # "tiny", "sd15", a folder or a hub id
         if isinstance(m, nn.Module): m.to(device).eval().requires_grad_(False)
     return Base(**parts, path=str(name))
 
-# %% ../nbs/00_models.ipynb #90ce9cc2
+# %% ../nbs/00_models.ipynb #43b94683
 @patch
 @torch.no_grad()
 def encode(self:Base, images, # (B,3,H,W) RGB in [-1,1]
@@ -97,7 +98,7 @@ def encode(self:Base, images, # (B,3,H,W) RGB in [-1,1]
           ): # (B,4,H/f,W/f) latents of unit scale
     "Images to latents, without gradient."
     d = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-    return (d.mode() if noise is None else d.mean + d.std*noise.to(d.mean)).float()*self.vae.config.scaling_factor
+    return (d.mode() if noise is None else d.mean.float() + d.std.float()*noise).float()*self.vae.config.scaling_factor
 
 @patch
 def decode(self:Base, latents, # (B,4,h,w) of unit scale

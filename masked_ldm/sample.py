@@ -42,7 +42,7 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
     @strength.setter
     def strength(self, value): self.unet.strength = value
 
-# %% ../nbs/07_sample.ipynb #60b739c0
+# %% ../nbs/07_sample.ipynb #15066b90
 SCHEDULERS = dict(ddim=DDIMScheduler, dpm=DPMSolverMultistepScheduler, unipc=UniPCMultistepScheduler)
 
 @torch.no_grad()
@@ -53,30 +53,32 @@ def sample(pipe,             # `MaskedLDMPipeline`, or any `StableDiffusionPipel
            guidance=9.,      # classifier-free guidance scale; the paper: 9
            scheduler="ddim", # a key of `SCHEDULERS`
            size=None,        # side, pixels; None: what the UNet was trained for
+           batch_size=None,  # pictures a pass; None: 1 above 128 pixels, else all
           ): # list of PIL images
     "Pictures for prompts, reproducible by seed."
     if scheduler not in SCHEDULERS: raise ValueError(f"scheduler {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
-    size = size or pipe.unet.config.sample_size*pipe.vae_scale_factor; old = pipe.scheduler
+    size, old, prompts = size or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.scheduler, list(prompts); batch_size = batch_size or (1 if size > 128 else len(prompts))
     pipe.scheduler = SCHEDULERS[scheduler].from_config(old.config)
-    try: return pipe(list(prompts), num_inference_steps=steps, guidance_scale=guidance, height=size, width=size,
-                     generator=[torch.Generator().manual_seed(1_000_003*seed + i) for i in range(len(prompts))]).images
+    noise = lambda i: torch.Generator().manual_seed(1_000_003*seed + i); parts = [range(i, min(i+batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    try: return [im for part in parts for im in pipe([prompts[i] for i in part], num_inference_steps=steps, guidance_scale=guidance, height=size, width=size, generator=[noise(i) for i in part]).images]
     finally: pipe.scheduler = old
 
 # %% ../nbs/07_sample.ipynb #3e7c24a0
 PROMPTS = ("A man facing the camera with a smile on his face.", "A woman facing the camera with a smile on her face.",
            "An old man facing the camera with a smile on his face.", "A baby facing the camera with a smile on his face.")  # Fig. 5
 
-# %% ../nbs/07_sample.ipynb #6947a1e7
+# %% ../nbs/07_sample.ipynb #7d7f575b
 def compare_grid(models,       # {row name: pipeline}
                  prompts=PROMPTS, # one column each
                  seed=0,       # of the noise, shared by the rows
-                 scale=2,      # enlarge small pictures
+                 scale=None,   # enlarge by this; None: 2 up to 128 pixels, else 1
                  **kw,         # for `sample`
                 ): # PIL image
     "The same prompts and noise through several models."
-    return picture_grid([sample(p, prompts, seed, **kw) for p in models.values()], list(models), prompts, scale)
+    rows = [sample(p, prompts, seed, **kw) for p in models.values()]
+    return picture_grid(rows, list(models), prompts, scale or (2 if rows[0][0].width <= 128 else 1))
 
-# %% ../nbs/07_sample.ipynb #90023f15
+# %% ../nbs/07_sample.ipynb #be7e05aa
 def main(argv=None): # command line; None: sys.argv
     "Pictures of a run beside its base, from the same noise."
     ap = argparse.ArgumentParser(prog="masked-ldm-sample", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -85,5 +87,5 @@ def main(argv=None): # command line; None: sys.argv
     ap.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler"); ap.add_argument("--out", default="grid.png", help="picture to write"); args = ap.parse_args(argv)
     try: ours = MaskedLDMPipeline.from_run(args.run, args.strength, device="cuda" if torch.cuda.is_available() else "cpu")
     except (OSError, ValueError) as e: raise SystemExit(f"masked-ldm-sample: {e}")
-    base = MaskedLDMPipeline.from_parts(load_base(json.loads((Path(args.run)/"config.json").read_text())["base"], ours.device))
+    base = MaskedLDMPipeline(**{**ours.components, "unet": ours.unet.unet}, requires_safety_checker=False); base.set_progress_bar_config(disable=True)
     compare_grid(dict(base=base, ours=ours), args.prompt or PROMPTS, args.seed, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler).save(args.out); print(args.out)

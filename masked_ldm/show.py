@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['as_pil', 'picture_grid']
 
-# %% ../nbs/09b_show.ipynb #7f5499f5
+# %% ../nbs/09b_show.ipynb #afacbf2e
 import textwrap
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 

@@ -129,7 +129,7 @@ class _Fit:
     def save(self):
         tmp = self.path.with_suffix(".tmp"); torch.save(dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict(), i=self.i), tmp); os.replace(tmp, self.path)
 
-# %% ../nbs/11_tiny_base.ipynb #59a553ed
+# %% ../nbs/11_tiny_base.ipynb #9b78b462
 def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 def vae_loss(y, x, mean, logvar, face): # output and truth (B,3,H,W), posterior, face share (B,1,H,W)
@@ -144,13 +144,14 @@ def train_vae(root,       # folder of the base; checkpoints beside it
               steps,      # optimiser steps
               batch=24, seed=0):
     "Train the autoencoder and save its average, with the latents' scale, to `root/vae`."
-    torch.manual_seed(seed); rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
     fit = _Fit(build_vae().to(memory_format=torch.channels_last), f"{root}-vae.ckpt", 1.2e-3, 100, steps, 1e-4); vae = fit.model
-    for _ in tqdm(range(fit.i, steps), "autoencoder", disable=None):
+    for i in tqdm(range(fit.i, steps), "autoencoder", disable=None):
+        rng = np.random.default_rng([seed, i]); g = torch.Generator().manual_seed(int(rng.integers(2**62)))
         k = rng.integers(0, len(pics), batch); x, w = to_pixels(pics[k]), torch.from_numpy(face[k]).float()[:, None]/255
         if rng.random() < .5: x, w = x.flip(-1), w.flip(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            d = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist; y = vae.decode(d.mean + d.std*torch.randn_like(d.mean)).sample
+            d = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist; y = vae.decode(d.mean + d.std*torch.randn(d.mean.shape, generator=g)).sample
         fit.step(vae_loss(y.float(), x, d.mean.float(), d.logvar.float(), w))
     with torch.no_grad(): z = torch.cat([fit.ema.encode(to_pixels(p)).latent_dist.mode() for p in np.array_split(pics[:2000], -(-min(len(pics), 2000)//100))])
     fit.ema.register_to_config(scaling_factor=round(float(1/z.std()), 4)); fit.ema.save_pretrained(Path(root)/"vae")

@@ -6,34 +6,35 @@
 __all__ = ['BANDS', 'run_folder', 'load_data', 'keyed_noise', 'load_networks', 'Trainer', 'summarise', 'provenance',
            'plot_history', 'RunResult', 'train', 'main']
 
-# %% ../nbs/05_train.ipynb #b23a3e39
+# %% ../nbs/05_train.ipynb #9b9e76ba
 import argparse, contextlib, hashlib, json, math, os, platform, subprocess, sys, typing
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from fastcore.basics import patch
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, told
 
-# %% ../nbs/05_train.ipynb #38a2532d
+# %% ../nbs/05_train.ipynb #729d28c2
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
-from .evaluate import compare, format_metrics, load_judges, load_tap
+from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_tap
 from .face_loss import FaceLoss
 from .masked_lpips import MaskedLPIPS
-from .models import ControlledUNet, load_base, make_branch
-from .objective import DeadTerm, MaskAwareObjective, check_gradients
-from .one_step import predict_x0
-from .people import write_world
+from .models import BASES, ControlledUNet, load_base, make_branch
+from .objective import MaskAwareObjective, check_gradients
+from .one_step import predict_x0, target
+from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .show import picture_grid
 
-# %% ../nbs/05_train.ipynb #c4f1130d
+# %% ../nbs/05_train.ipynb #3a7f7b87
 def run_folder(config): # `TrainConfig`
     "The folder of this run, made. Raises ConfigError if it already holds a run that is not resumed, or cannot be written."
     if config.out_dir: path = Path(config.out_dir)
@@ -41,11 +42,11 @@ def run_folder(config): # `TrainConfig`
         names = [f"runs/{config.preset}"] + [f"runs/{config.preset}-{i}" for i in range(2, 10000)]; free = [n for n in names if not (Path(n)/"config.json").is_file()]
         path = Path(names[max(0, names.index(free[0])-1)] if config.resume == "latest" else free[0])
     if (path/"config.json").is_file() and not config.resume: raise ConfigError(f"out_dir {path} already holds a run: name another folder, or pass resume='latest' to go on with it")
-    try: path.mkdir(parents=True, exist_ok=True); (path/".write").write_text(""); (path/".write").unlink()
+    try: path.mkdir(parents=True, exist_ok=True); probe = path/f".write-{os.getpid()}"; probe.write_text(""); probe.unlink()
     except OSError as e: raise ConfigError(f"out_dir {path} cannot be written: {e.strerror}") from None
     return path
 
-# %% ../nbs/05_train.ipynb #8f27370d
+# %% ../nbs/05_train.ipynb #50d76d4b
 def _manifest(config, root, split):
     "Path of the split's manifest, built if it is not there."
     notes = sorted((root/"annotations").glob(f"*_{split}2017.json")); key = [MANIFEST_VERSION, str(root.resolve()), split, config.min_area, config.faces, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in notes]]
@@ -53,10 +54,10 @@ def _manifest(config, root, split):
     return out/"metadata.jsonl" if (out/"manifest.json").is_file() else build_manifest(root, split, out, config.min_area, config.faces, "cuda" if torch.cuda.is_available() else "cpu")
 
 def load_data(config): # `TrainConfig`
-    "(training `PersonDataset`, validation `PersonDataset`, {split: manifest path}); draws the built-in world if there is no `data_root`."
-    root = Path(config.data_root) if config.data_root else write_world(Path(config.cache_dir)/f"world-{config.size}-{config.world_pictures}-{config.val_pictures}", config.world_pictures, config.val_pictures, config.size, workers=min(8, os.cpu_count() or 1))
-    paths = {s: _manifest(config, root, s) for s in ("train", "val")}
-    train_set, val_set = PersonDataset(paths["train"], config.size, config.seed), PersonDataset(paths["val"], config.size)
+    "(training `PersonDataset`, validation `PersonDataset` or None, {split: manifest path}); draws the built-in world if there is no `data_root`."
+    root = Path(config.data_root) if config.data_root else write_world(Path(config.cache_dir)/f"world{WORLD_VERSION}-{config.size}-{config.world_pictures}-{config.val_pictures}", config.world_pictures, config.val_pictures, config.size, workers=min(8, os.cpu_count() or 1))
+    paths = {s: _manifest(config, root, s) for s in ("train", "val")[:2 if config.val_pictures else 1]}
+    train_set, val_set = PersonDataset(paths["train"], config.size, config.seed), PersonDataset(paths["val"], config.size) if "val" in paths else None
     if len(train_set) < config.batch_size: raise ConfigError(f"batch_size {config.batch_size} is more than the {len(train_set)} pictures that {root} has after filtering")
     return train_set, val_set, paths
 
@@ -69,15 +70,15 @@ def keyed_noise(seed, step, positions, shape): # of the run; optimiser step; pos
         out.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g), torch.randint(0, 1000, (), generator=g)))
     return tuple(map(torch.stack, zip(*out)))
 
-# %% ../nbs/05_train.ipynb #70de7931
+# %% ../nbs/05_train.ipynb #1f7c0782
 def load_networks(config, device="cpu"): # `TrainConfig`; where they go
-    "(Base, MaskedLPIPS or None, FaceLoss or None, judges or None). Raises one FileNotFoundError that lists everything that is missing."
+    "(Base, MaskedLPIPS or None, FaceLoss or None, the two judges if there is judging). Raises one FileNotFoundError that lists everything that is missing."
     c, lost, tiny = config, [], lambda net, name: load_tap(name) if net == "tiny" else net
     def attempt(f):
         try: return f()
         except FileNotFoundError as e: lost.append(str(e))
     got = (attempt(lambda: load_base(c.base, device)), attempt(lambda: MaskedLPIPS(tiny(c.lpips_net, "perceptual"), c.per_person).to(device)) if c.lambda1 else None,
-           attempt(lambda: FaceLoss(tiny(c.face_net, "face")).to(device)) if c.lambda2 else None, attempt(lambda: tuple(m.to(device) for m in load_judges("tiny" if c.lpips_net == "tiny" else "photos"))) if c.val_pictures else None)
+           attempt(lambda: FaceLoss(tiny(c.face_net, "face")).to(device)) if c.lambda2 else None, *((attempt(lambda: judge_of_people(c.lpips_net).to(device)), attempt(lambda: judge_of_faces(c.face_net).to(device))) if c.val_pictures else ()))
     if lost: raise FileNotFoundError(f"{len(lost)} network(s) of this run cannot be loaded. " + " ".join(f"({i}) {s}." for i, s in enumerate(lost, 1)) + (" (val_pictures=0 does without the judges)" if c.val_pictures else ""))
     return got
 
@@ -85,14 +86,19 @@ class Trainer:
     "A run's parts: built once, then `preflight`, `step`, `judge`, `grid`, `finish`."
     def __init__(self, config, # `TrainConfig`
                  path):        # run folder
-        c = self.config = config; self.path, self.step_done, self.history, self.bad = Path(path), 0, [], 0
+        c = self.config = config; self.path, self.step_done, self.history, self.bad, self.skipped = Path(path), 0, [], 0, 0
+        if PartialState().num_processes == 1: AcceleratorState._reset_state()   # a second run in one kernel may have another precision
         self.acc = Accelerator(mixed_precision=c.mixed_precision, log_with=None if c.report_to == "none" else c.report_to, project_config=ProjectConfiguration(str(path), str(path)))
-        self.base, lpips, face, self.judges = load_networks(c, self.acc.device)
-        self.train_set, self.val_set, self.manifests = load_data(c)
+        if c.batch_size % (parts := c.gradient_accumulation_steps*self.acc.num_processes): raise ConfigError(f"batch_size {c.batch_size} is the whole batch and must be a multiple of {parts}: {self.acc.num_processes} process(es) times gradient_accumulation_steps {c.gradient_accumulation_steps}")
+        self.share = c.batch_size//parts                       # pictures a process sees at once
+        with self.acc.main_process_first():                    # downloads, drawn worlds and manifests are made once
+            self.base, lpips, face, *self.judges = load_networks(c, self.acc.device)
+            self.train_set, self.val_set, self.manifests = load_data(c)
         branch = make_branch(self.base.unet, self.base.f)
+        if c.mixed_precision == "bf16": self.base.unet.to(torch.bfloat16); self.base.text_encoder.to(torch.bfloat16)  # frozen, and autocast would copy them every step
         if c.gradient_checkpointing:
             for m in (branch, self.base.unet, self.base.vae): m.enable_gradient_checkpointing()
-        opt = torch.optim.AdamW([p for p in branch.parameters() if p.requires_grad], c.learning_rate, (c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay)
+        opt = torch.optim.AdamW([p for p in branch.parameters() if p.requires_grad], c.learning_rate, (c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=self.acc.device.type == "cuda")
         self.branch, self.opt = self.acc.prepare(branch, opt)
         if face: self._calibrate(face)
         self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, self.base.decode, c.variant)
@@ -102,10 +108,14 @@ class Trainer:
 
     def _calibrate(self, face):
         "Scale the face loss on training faces, so that two strangers are 1 apart."
-        picked = [i for i, r in enumerate(self.train_set.rows) if r["faces"]][:64]; b = collate([self.train_set[i] for i in picked]).to(self.acc.device) if picked else None
-        if b and len(face.usable(b.boxes, b.pixels.shape[-2:])) > 1: face.calibrate(b.pixels, b.boxes)
+        picked, found = [], 0
+        for s in (self.train_set[i] for i, r in enumerate(self.train_set.rows) if r["faces"]):
+            if n := len(face.usable(F.pad(s["boxes"], (1, 0)), s["pixels"].shape[-2:])): picked.append(s); found += n
+            if found >= 64: break
+        if found < 2: self.acc.print(f"only {found} usable face(s) in the training pictures at {self.config.size} px: the face loss is not calibrated"); return
+        b = collate(picked); face.calibrate(b.pixels.to(self.acc.device), b.boxes.to(self.acc.device))
 
-# %% ../nbs/05_train.ipynb #b9aebd9c
+# %% ../nbs/05_train.ipynb #f6d71026
 @patch
 def losses(self:Trainer, batch, # `Batch`
            noise, post, t,      # from `keyed_noise`
@@ -116,24 +126,23 @@ def losses(self:Trainer, batch, # `Batch`
     with self.acc.autocast(): z, emb = self.base.encode(batch.pixels, post), self.base.embed(batch.captions)
     x_t = self.base.scheduler.add_noise(z, noise, t)
     with self.acc.autocast(): out = ControlledUNet(self.base.unet, branch or self.branch)(x_t, t, emb).sample.float()
-    goal = noise if self.base.scheduler.config.prediction_type == "epsilon" else self.base.scheduler.get_velocity(z, noise, t)
-    l_ldm, x0_hat = F.mse_loss(out, goal, reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
+    l_ldm, x0_hat = F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
     with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None)
 
-# %% ../nbs/05_train.ipynb #e7ee2dbd
+# %% ../nbs/05_train.ipynb #2d3db450
 @patch
 def preflight(self:Trainer):
     "{term: gradient norm at the branch}. Raises `DeadTerm`."
     c, face = self.config, self.objective.face; count = lambda b: len(face.usable(b, (c.size, c.size))) if face else 0
     order = sorted(range(len(self.train_set)), key=lambda i: not self.train_set.rows[i]["faces"])[:64]
-    b = collate(sorted((self.train_set[i] for i in order), key=lambda s: not count(F.pad(s["boxes"], (1, 0))))[:min(4, c.batch_size)]).to(self.acc.device)
+    b = collate(sorted((self.train_set[i] for i in order), key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()))[:min(4, self.share)]).to(self.acc.device)
     noise, post, _ = keyed_noise(c.seed, -1, range(len(b)), self.latent); low = c.T > 0 and c.variant == "paper"
     expect = dict(ldm=c.lambda1 + c.lambda2 < 1 or not c.T, lpips=low and c.lambda1, face=low and count(b.boxes))
     self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), self.bare), self.bare.parameters(), [k for k, on in expect.items() if on])
-    if low and c.lambda2 and not count(b.boxes): self.acc.print("no face in the training pictures: the face loss stays silent")
+    if low and c.lambda2 and not count(b.boxes): self.acc.print("no usable face in the 64 pictures looked at: the face loss could not be checked")
     return self.norms
 
-# %% ../nbs/05_train.ipynb #066764d6
+# %% ../nbs/05_train.ipynb #f451ecb5
 @patch
 def step(self:Trainer, batches, # the step's parts: [(positions in the whole batch, `Batch`)]
         ): # list of detached `Terms` with their timesteps, or None if the step was skipped
@@ -142,14 +151,18 @@ def step(self:Trainer, batches, # the step's parts: [(positions in the whole bat
     for g in self.opt.param_groups: g["lr"] = c.learning_rate*min(1., (n+1)/max(1, c.lr_warmup_steps))
     self.opt.zero_grad()
     for k, (positions, b) in enumerate(batches):
-        noise, post, t = keyed_noise(c.seed, n, positions, self.latent); terms = self.losses(b.to(self.acc.device), noise, post, t)
-        with self.acc.no_sync(self.branch) if k < len(batches)-1 else contextlib.nullcontext(): self.acc.backward(terms.total/len(batches))
+        noise, post, t = keyed_noise(c.seed, n, positions, self.latent)
+        with self.acc.no_sync(self.branch) if k < len(batches)-1 else contextlib.nullcontext():
+            terms = self.losses(b.to(self.acc.device), noise, post, t); self.acc.backward(terms.total/len(batches))
         done.append((t, {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()}, terms.total.item()))
     norm = self.acc.clip_grad_norm_([p for p in self.branch.parameters() if p.requires_grad], c.max_grad_norm)
     self.step_done += 1; self.norm = float(norm)
-    if not math.isfinite(self.norm) or not all(math.isfinite(d[2]) for d in done):
-        self.opt.zero_grad(); self.bad += 1
-        if self.bad >= 5: raise FloatingPointError(f"loss or gradient was not finite in 5 steps in a row, the last with pictures {[i for _, b in batches for i in b.image_ids]}; lower learning_rate or max_grad_norm")
+    if not math.isfinite(self.norm):   # a loss that is not finite has no finite gradient either
+        self.opt.zero_grad(); self.bad += 1; self.skipped += 1; who = [i for _, b in batches for i in b.image_ids]
+        self.acc.print(f"step {self.step_done} skipped: loss or gradient is not finite, pictures {who}")
+        if self.bad >= 5:
+            if self.acc.is_main_process: self.checkpoint()
+            raise FloatingPointError(f"loss or gradient was not finite in 5 steps in a row, the last with pictures {who}; the last good weights are in {self.path/'checkpoints'}; lower learning_rate or max_grad_norm")
         return None
     self.bad = 0; self.opt.step()
     return done
@@ -168,25 +181,26 @@ def summarise(done, # list of (t, parts, total), from `Trainer.step`
         if inside.any(): bands[f"{a}-{b}"] = dict(n=int(inside.sum()), **{k: m for k in parts if (m := mean(k, inside)) is not None})
     return dict(loss=round(sum(d[2] for d in done)/len(done), 6), **{k: mean(k, every) for k in parts}, bands=bands)
 
-# %% ../nbs/05_train.ipynb #e43610d3
+# %% ../nbs/05_train.ipynb #248b27bf
 @patch
 def judge(self:Trainer):
     "Paired one-step metrics of the branch against the base on held-out pictures."
     if not self.judges: return None
-    metrics, *_ = compare(self.base, ControlledUNet(self.base.unet, self.bare.eval()), self.val_set, *self.judges, below=self.config.T or None, n=self.config.val_pictures, seed=1)
+    with self.acc.autocast(): metrics, *_ = compare(self.base, ControlledUNet(self.base.unet, self.bare.eval()), self.val_set, *self.judges, below=self.config.T or None, n=self.config.val_pictures, seed=1, batch_size=8 if self.config.size <= 128 else 1)
     self.branch.train(); return metrics
 
 @patch
 def grid(self:Trainer):
     "Base above, branch below, from the same noise; written to samples/."
     c, prompts = self.config, self.config.sample_prompts or list(PROMPTS); kw = dict(steps=c.sample_steps, guidance=c.guidance_scale, scheduler=c.sample_scheduler, size=c.size)
-    draw = lambda branch: sample(MaskedLDMPipeline.from_parts(self.base, branch), prompts, **kw)
+    def draw(branch):
+        with self.acc.autocast(): return sample(MaskedLDMPipeline.from_parts(self.base, branch), prompts, **kw)
     if not hasattr(self, "base_pictures"): self.base_pictures = draw(None)
     ours = draw(self.bare.eval()); self.branch.train()
     out = self.path/"samples"/f"step_{self.step_done:06d}.png"; out.parent.mkdir(exist_ok=True)
     picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
 
-# %% ../nbs/05_train.ipynb #5d8f5a5c
+# %% ../nbs/05_train.ipynb #61c83abb
 def provenance(): # where a number came from
     "Versions, hardware and commit."
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True) if Path(".git").exists() else None
@@ -194,15 +208,15 @@ def provenance(): # where a number came from
                 hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores", commit=git.stdout.strip() if git and not git.returncode else None)
 
 _CARD = """---
-base_model: {base}
+base_model: {hub}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [controlnet, masked-ldm]
 ---
 # A hint-free ControlNet branch for {base}
 
-Trained by masked_ldm with person-masked LPIPS (weight {lambda1}), a face loss (weight {lambda2}) and the diffusion loss, on the
-decoded one-step estimate for t < {T} ("Improving Latent Diffusion with Perceptual Mask-Aware Loss"), {steps} steps of {batch_size} pictures.
+Trained by masked_ldm (variant {variant}) with person-masked LPIPS (weight {lambda1}), a face loss (weight {lambda2}) and the diffusion loss,
+on the decoded one-step estimate for t < {T} ("Improving Latent Diffusion with Perceptual Mask-Aware Loss"), {steps} steps of {batch_size} pictures.
 
     from masked_ldm.sample import MaskedLDMPipeline
     pipe = MaskedLDMPipeline.from_run("{path}")
@@ -213,27 +227,28 @@ pictures: manifest {sha}. Judged on held-out pictures, negative is better:
 {table}
 """
 
-# %% ../nbs/05_train.ipynb #675c9627
+# %% ../nbs/05_train.ipynb #186fe681
 @patch
 def write(self:Trainer, **parts): # names and JSON values
-    "Write JSON files of the run folder, each whole."
+    "Write JSON files of the run folder, each whole; on the main process."
+    if not self.acc.is_main_process: return
     for name, body in parts.items():
         tmp = self.path/f".{name}.json"; tmp.write_text(json.dumps(body, indent=1)); os.replace(tmp, self.path/f"{name}.json")
 
 @patch
 def finish(self:Trainer, metrics):
-    "Save the branch in diffusers format, metrics.json and the model card."
-    self.bare.save_pretrained(self.path/"controlnet")
-    self.write(metrics=dict(metrics or {}, gradient_norms=self.norms, steps=self.step_done, provenance=provenance()))
-    (self.path/"README.md").write_text(_CARD.format(**asdict(self.config), steps=self.step_done, path=self.path.name, sha=self.train_set.info["sha256"][:12], table="    " + (format_metrics(metrics) if metrics else "not judged").replace("\n", "\n    ")))
+    "Write metrics.json and the model card."
+    face = self.objective.face; extra = dict(gradient_norms=self.norms, face_weights=face.weights.tolist() if face else None, steps=self.step_done, skipped=self.skipped, provenance=provenance())
+    self.write(metrics=dict(metrics or {}, **extra))
+    (self.path/"README.md").write_text(_CARD.format(**asdict(self.config), hub=BASES["sd15"] if self.config.base in BASES and self.config.base != "tiny" else self.config.base, steps=self.step_done, path=self.path, sha=self.train_set.info["sha256"][:12], table="    " + (format_metrics(metrics) if metrics else "not judged").replace("\n", "\n    ")))
 
 @patch
 def checkpoint(self:Trainer):
     "A checkpoint to go on from."
     return save_checkpoint(self.path/"checkpoints", self.step_done, self.bare, self.opt.optimizer,
-                           dict(config=asdict(self.config), data=self.train_set.info["sha256"]), self.config.checkpoints_total_limit)
+                           dict(config=asdict(self.config), data=self.train_set.info["content"]), self.config.checkpoints_total_limit)
 
-# %% ../nbs/05_train.ipynb #70f5740a
+# %% ../nbs/05_train.ipynb #e1177c55
 _MAY_CHANGE = {"resume", "out_dir", "max_steps", "cache_dir", "data_root", "log_steps", "sample_interval", "sample_prompts", "sample_steps", "sample_scheduler", "guidance_scale", "checkpointing_steps",
                "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing"}
 
@@ -246,11 +261,14 @@ def go_on(self:Trainer):
     state = json.loads((path/"state.json").read_text()) if (path/"state.json").is_file() else {}
     drift = {k: (v, getattr(c, k)) for k, v in state.get("config", {}).items() if k not in _MAY_CHANGE and hasattr(c, k) and getattr(c, k) != v}
     if drift: raise ConfigError("resume with other settings than the run had: " + ", ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in drift.items()))
-    if state.get("data") not in (None, self.train_set.info["sha256"]): raise ConfigError("resume with other training pictures than the run had: the manifest differs")
+    if state.get("data") not in (None, self.train_set.info["content"]): raise ConfigError("resume with other training pictures than the run had: the manifest differs")
     self.step_done = load_checkpoint(path, self.bare, self.opt.optimizer)["step"]
-    self.acc.print(f"going on from {path.name}")
+    log = self.path/"metrics.jsonl"; rows = [json.loads(l) for l in log.read_text().splitlines()] if log.is_file() else []
+    self.history = [r for r in rows if r["step"] <= self.step_done]
+    if self.acc.is_main_process: log.write_text("".join(json.dumps(r)+"\n" for r in self.history))   # what came after the checkpoint will come again
+    self.acc.print(f"going on from {path.name}" + ("" if self.step_done < c.max_steps else f": max_steps {c.max_steps} is already reached, nothing is trained"))
 
-# %% ../nbs/05_train.ipynb #fa65d61d
+# %% ../nbs/05_train.ipynb #13b34a3d
 @patch
 def loop(self:Trainer, log, # open metrics.jsonl
          grids):            # paths, appended to
@@ -258,11 +276,11 @@ def loop(self:Trainer, log, # open metrics.jsonl
     c, rank, world = self.config, self.acc.process_index, self.acc.num_processes; per = c.batch_size//c.gradient_accumulation_steps
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
     parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
-    loader = iter(DataLoader(self.train_set, batch_sampler=[[ks[p] for p in part] for ks in keys for part in parts], collate_fn=collate, num_workers=c.dataloader_num_workers))
+    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers))
     for _ in (bar := tqdm(range(start, c.max_steps), "training", disable=not (self.acc.is_main_process and (sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ)))):
         done = self.step([(part, self._empty(next(loader))) for part in parts]); recent += done or []
-        if self.step_done % c.log_steps == 0 and recent:
-            row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6), **summarise(recent)); recent = []; self.history.append(row)
+        if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)):
+            row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, **summarise(rows)); recent = []; self.history.append(row)
             if self.acc.is_main_process: log.write(json.dumps(row)+"\n"); log.flush(); bar.set_postfix(loss=row["loss"])
             self.acc.log({**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr") if row[k] is not None}, **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"}}, step=self.step_done)
         if self.acc.is_main_process and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
@@ -273,14 +291,14 @@ def loop(self:Trainer, log, # open metrics.jsonl
 @patch
 def begin(self:Trainer):
     "Write down what this run is; returns its folder."
-    self.write(config=asdict(self.config), data=dict({k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items()}))
-    self.acc.init_trackers("tensorboard", {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}); return self.path
+    self.write(config=asdict(self.config), data=dict({k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items() if s}))
+    self.acc.init_trackers("tensorboard" if self.config.report_to == "tensorboard" else "masked_ldm", {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}); return self.path
 
 @patch
 def end(self:Trainer):
     "Judge, save, close; returns the metrics, or None where nothing is judged."
-    self.acc.wait_for_everyone(); metrics = self.judge() if self.acc.is_main_process else None
-    if self.acc.is_main_process: self.finish(metrics)
+    self.acc.wait_for_everyone(); metrics = None
+    if self.acc.is_main_process: self.bare.save_pretrained(self.path/"controlnet"); metrics = self.judge(); self.finish(metrics)   # saved before anything else can go wrong
     self.acc.end_training(); return metrics
 
 @patch
@@ -306,7 +324,7 @@ def plot_history(history, # rows of metrics.jsonl
     if T is not None: fig.suptitle(f"terms by timestep band; the gate is at T = {T}", fontsize=9)
     return fig
 
-# %% ../nbs/05_train.ipynb #3b5d3025
+# %% ../nbs/05_train.ipynb #eff3b070
 @dataclass
 class RunResult:
     "A finished run."
@@ -319,15 +337,16 @@ class RunResult:
 
 def train(config, # `TrainConfig`
          ): # `RunResult`
-    "Train a branch. Raises ConfigError, FileNotFoundError or DeadTerm, each with one sentence, before the first step."
-    run = Trainer(config, run_folder(config))
+    "Train a branch. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
+    with PartialState().main_process_first(): path = run_folder(config)
+    run = Trainer(config, path)
     if config.resume: run.go_on()
     norms = run.preflight(); run.acc.print("gradient norm at the branch: " + ", ".join(f"{k} {v:.2e}" for k, v in norms.items()))
-    path, grids = run.begin(), [run.grid()] if run.acc.is_main_process else []
+    run.begin(); grids = [run.grid()] if run.acc.is_main_process else []
     with open(path/"metrics.jsonl", "a") as log: run.loop(log, grids)
     return RunResult(path, config, run.history, norms, run.end(), grids)
 
-# %% ../nbs/05_train.ipynb #c55e4a0f
+# %% ../nbs/05_train.ipynb #70fe73f3
 def main(argv=None): # command line; None: sys.argv
     "Train a branch; every setting of `TrainConfig` is a flag."
     ap = argparse.ArgumentParser(prog="masked-ldm-train", description=main.__doc__); kinds = typing.get_type_hints(TrainConfig)
@@ -335,7 +354,9 @@ def main(argv=None): # command line; None: sys.argv
         kind = (typing.get_args(kinds[f.name]) or (kinds[f.name],))[0]
         ap.add_argument(f"--{f.name}", type={int: _number, float: _number, bool: _truth}.get(kind, str), help=f.metadata["help"], choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper(), **(dict(action="append") if kind is list else {}))
     try: result = train(TrainConfig.make(**vars(ap.parse_args(argv))))
-    except (ConfigError, FileNotFoundError, DeadTerm) as e: raise SystemExit(f"masked-ldm-train: {e}")
+    except Exception as e:
+        if told(e): raise SystemExit(f"masked-ldm-train: {e}")
+        raise
     print(format_metrics(result.metrics) if result.metrics else 'not judged'); print(result.path)
 
 def _number(s):

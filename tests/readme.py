@@ -3,7 +3,6 @@ import re
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import TagRemovePreprocessor
 
 ROOT = Path(__file__).parent.parent
 
