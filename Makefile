@@ -11,7 +11,7 @@ setup: .venv/installed
 
 train: setup
 	@mkdir -p runs/tiny
-	$(BIN)/papermill nbs/05_train.ipynb runs/tiny/out.ipynb -p T 100
+	$(BIN)/papermill nbs/05_train.ipynb runs/tiny/out.ipynb -p T 100 --log-output
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 1

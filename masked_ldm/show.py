@@ -18,7 +18,7 @@ def as_pil(x,  # (3,H,W) RGB or (1,H,W) mask, floats in [-1,1] or (for a mask) [
     x = x.detach().float().cpu()
     return to_pil_image((x if x.shape[0] == 1 else (x+1)/2).clamp(0, 1)).convert("RGB")
 
-# %% ../nbs/09b_show.ipynb #26c2590b
+# %% ../nbs/09b_show.ipynb #8181b0c5
 def picture_grid(rows,        # list of rows, each a (N,C,H,W) tensor or a list of pictures
                  titles=(),   # a name for each row
                  heads=(),    # a text above each column, wrapped to fit
@@ -28,7 +28,7 @@ def picture_grid(rows,        # list of rows, each a (N,C,H,W) tensor or a list 
     "Rows of pictures under one another."
     rows = [[as_pil(p) for p in row] for row in rows]; w, h = (s*scale for s in rows[0][0].size); n = max(map(len, rows))
     small, left = ImageFont.load_default(11), 0 if not titles else 12 + max(round(ImageFont.load_default(11).getlength(t)) for t in titles)
-    lines = [textwrap.wrap(s, max(6, round(w/5.6))) for s in heads]; top = 0 if not heads else 6 + 13*max(map(len, lines))
+    lines = [textwrap.wrap(s, max(6, round(w/6.4))) for s in heads]; top = 0 if not heads else 6 + 13*max(map(len, lines))
     out = Image.new("RGB", (left + n*(w+pad) - pad, top + len(rows)*(h+pad) - pad), "white"); d = ImageDraw.Draw(out)
     for i, ls in enumerate(lines): d.multiline_text((left + i*(w+pad), 1), "\n".join(ls), "black", small, spacing=1)
     for r, row in enumerate(rows):
