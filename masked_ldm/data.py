@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST_VERSION', 'read_coco', 'to_rle', 'describe_image', 'face_rows', 'build_manifest', 'load_manifest',
            'transform', 'PersonDataset', 'Batch', 'collate', 'batch_keys']
 
-# %% ../nbs/01_data.ipynb #6452e727
+# %% ../nbs/01_data.ipynb #08e74649
 import hashlib, json, os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields
@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 from .face_loss import detect_faces
+from .show import progress
 
 # %% ../nbs/01_data.ipynb #012197ef
 def _read(path):
@@ -88,7 +88,7 @@ def face_rows(row,       # manifest row
     def on_person(b): cx, cy = (b[0]+b[2])/2, (b[1]+b[3])/2; return any(x <= cx <= x+w and y <= cy <= y+h for p in row["people"] for x, y, w, h in [p["bbox"]])
     return [dict(box=[round(v, 2) for v in b], score=round(s, 4), detector="mtcnn") for b, s in zip(boxes.tolist(), scores.tolist()) if on_person(b)]
 
-# %% ../nbs/01_data.ipynb #bb8164cc
+# %% ../nbs/01_data.ipynb #35f2dd22
 MANIFEST_VERSION = 1
 
 def build_manifest(root,          # COCO 2017 root
@@ -102,7 +102,7 @@ def build_manifest(root,          # COCO 2017 root
     images, people, texts, licenses = read_coco(root, split)
     if faces == "auto": faces = "annotation" if any("face_box" in a for anns in people.values() for a in anns) else "mtcnn"
     rows, dropped, bad = [], Counter(), []
-    for im in tqdm(images, f"manifest {split}", disable=None, leave=False):
+    for im in progress(images, f"manifest {split}"):
         row, why, wrong = describe_image(im, people.get(im["id"], []), texts.get(im["id"], []), min_area); bad += wrong
         if row and not (path := folder/im["file_name"]).is_file(): row, why = None, "picture missing"
         if not row: dropped[why] += 1; continue

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['unit', 'shrink_mask', 'load_lpips', 'MaskedLPIPS']
 
-# %% ../nbs/03_masked_lpips.ipynb #3f7d7c27
+# %% ../nbs/03_masked_lpips.ipynb #c5d77a5f
+import warnings
 from functools import lru_cache
 import lpips, torch
 import torch.nn.functional as F
@@ -34,12 +35,13 @@ def shrink_mask(mask, # (B,1,H,W) in [0,1]
     A, B = (_shrink(n, m).to(mask.device, mask.dtype) for n, m in zip(mask.shape[-2:], size))
     with torch.autocast(mask.device.type, enabled=False): return A @ mask @ B.T   # sums over thousands of pixels: not in half precision
 
-# %% ../nbs/03_masked_lpips.ipynb #03b86be1
+# %% ../nbs/03_masked_lpips.ipynb #4c28ee7d
 def load_lpips(net="vgg", # "vgg", "alex" or "squeeze"
               ): # `lpips.LPIPS` with its trained network and heads
     "LPIPS by name. Raises FileNotFoundError when the network's weights can be neither found nor downloaded."
     if net not in ("vgg", "alex", "squeeze"): raise ValueError(f"LPIPS net {net!r} is not one of vgg, alex, squeeze")
-    try: return lpips.LPIPS(net=net, verbose=False)
+    try:
+        with warnings.catch_warnings(): warnings.simplefilter("ignore", UserWarning); return lpips.LPIPS(net=net, verbose=False)   # it uses old names of torchvision
     except OSError as e:
         raise FileNotFoundError(f"LPIPS needs torchvision's ImageNet weights for {net}, which are neither in {torch.hub.get_dir()}/checkpoints nor could be downloaded ({e}); "
                                 f"missing: {dict(vgg='vgg16-397923af.pth', alex='alexnet-owt-7be5be79.pth', squeeze='squeezenet1_1-b8a52dc0.pth')[net]}") from None

@@ -7,7 +7,7 @@ __all__ = ['TAPS', 'build_vae', 'build_unet', 'build_text_encoder', 'build_sched
            'random_tapnet', 'world_arrays', 'to_pixels', 'vae_loss', 'train_vae', 'latent_bank', 'train_ldm',
            'save_base', 'ship']
 
-# %% ../nbs/11_tiny_base.ipynb #11e7fede
+# %% ../nbs/11_tiny_base.ipynb #d658af0e
 import copy, json, math, os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL, ConfigMixin, DDPMScheduler, ModelMixin, UNe
 from diffusers.configuration_utils import register_to_config
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .draw import PARTS
 from .people import captions, render, sample_scene
+from .show import progress
 
 # %% ../nbs/11_tiny_base.ipynb #7ca9c8d1
 def build_vae():
@@ -129,7 +129,7 @@ class _Fit:
     def save(self):
         tmp = self.path.with_suffix(".tmp"); torch.save(dict(model=self.model.state_dict(), ema=self.ema.state_dict(), opt=self.opt.state_dict(), i=self.i), tmp); os.replace(tmp, self.path)
 
-# %% ../nbs/11_tiny_base.ipynb #9b78b462
+# %% ../nbs/11_tiny_base.ipynb #e0dc9e11
 def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 def vae_loss(y, x, mean, logvar, face): # output and truth (B,3,H,W), posterior, face share (B,1,H,W)
@@ -146,7 +146,7 @@ def train_vae(root,       # folder of the base; checkpoints beside it
     "Train the autoencoder and save its average, with the latents' scale, to `root/vae`."
     torch.manual_seed(seed)
     fit = _Fit(build_vae().to(memory_format=torch.channels_last), f"{root}-vae.ckpt", 1.2e-3, 100, steps, 1e-4); vae = fit.model
-    for i in tqdm(range(fit.i, steps), "autoencoder", disable=None):
+    for i in progress(range(fit.i, steps), "autoencoder"):
         rng = np.random.default_rng([seed, i]); g = torch.Generator().manual_seed(int(rng.integers(2**62)))
         k = rng.integers(0, len(pics), batch); x, w = to_pixels(pics[k]), torch.from_numpy(face[k]).float()[:, None]/255
         if rng.random() < .5: x, w = x.flip(-1), w.flip(-1)
@@ -157,7 +157,7 @@ def train_vae(root,       # folder of the base; checkpoints beside it
     fit.ema.register_to_config(scaling_factor=round(float(1/z.std()), 4)); fit.ema.save_pretrained(Path(root)/"vae")
     return fit.ema
 
-# %% ../nbs/11_tiny_base.ipynb #29703258
+# %% ../nbs/11_tiny_base.ipynb #9b06397b
 @torch.no_grad()
 def latent_bank(vae, pics): # (n,64,64,3) uint8
     "(2,n,2,4,16,16) half: mean and deviation of every picture's latents, plain and flipped."
@@ -174,7 +174,7 @@ def train_ldm(root,       # folder of the base, with its `vae`
     model = nn.ModuleDict(dict(text=build_text_encoder(tok), unet=build_unet().to(memory_format=torch.channels_last)))
     ids = torch.tensor(tok([str(s) for s in caps.ravel()], padding="max_length", max_length=77, truncation=True).input_ids).view(n, 5, 77)
     empty = torch.tensor(tok("", padding="max_length", max_length=77).input_ids); fit = _Fit(model, f"{root}-ldm.ckpt", 6e-4, 200, steps, 1e-2)
-    for i in tqdm(range(fit.i, steps), "diffusion", disable=None):
+    for i in progress(range(fit.i, steps), "diffusion"):
         rng = np.random.default_rng([seed, i]); g = torch.Generator().manual_seed(int(rng.integers(2**62)))
         k, flip = torch.from_numpy(rng.integers(0, n, batch)), torch.from_numpy(rng.integers(0, 2, batch)); d = bank[flip, k].float()
         z = (d[:, 0] + d[:, 1]*torch.randn(d[:, 0].shape, generator=g))*vae.config.scaling_factor

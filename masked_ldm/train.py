@@ -14,14 +14,13 @@ from pathlib import Path
 from fastcore.basics import patch
 from .config import ConfigError, TrainConfig, told
 
-# %% ../nbs/05_train.ipynb #729d28c2
+# %% ../nbs/05_train.ipynb #980c881d
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
 from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_tap
@@ -32,7 +31,7 @@ from .objective import MaskAwareObjective, check_gradients
 from .one_step import predict_x0, target
 from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
-from .show import picture_grid
+from .show import picture_grid, progress
 
 # %% ../nbs/05_train.ipynb #3a7f7b87
 def run_folder(config): # `TrainConfig`
@@ -268,7 +267,7 @@ def go_on(self:Trainer):
     if self.acc.is_main_process: log.write_text("".join(json.dumps(r)+"\n" for r in self.history))   # what came after the checkpoint will come again
     self.acc.print(f"going on from {path.name}" + ("" if self.step_done < c.max_steps else f": max_steps {c.max_steps} is already reached, nothing is trained"))
 
-# %% ../nbs/05_train.ipynb #13b34a3d
+# %% ../nbs/05_train.ipynb #8b9708d3
 @patch
 def loop(self:Trainer, log, # open metrics.jsonl
          grids):            # paths, appended to
@@ -277,7 +276,7 @@ def loop(self:Trainer, log, # open metrics.jsonl
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
     parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
     loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers))
-    for _ in (bar := tqdm(range(start, c.max_steps), "training", disable=not (self.acc.is_main_process and (sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ)))):
+    for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
         done = self.step([(part, self._empty(next(loader))) for part in parts]); recent += done or []
         if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)):
             row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, **summarise(rows)); recent = []; self.history.append(row)

@@ -32,16 +32,16 @@ def test_counts_are_pycocotools_own(split, built):
         for p in r["people"]: assert (rle.decode(p["segmentation"]) == coco.annToMask(coco.anns[p["id"]])).all()
 
 def test_faces_sit_on_noses(built):
-    "Most detected faces hold the nose and both eyes of some person whose joints COCO has marked."
+    "Nearly every detected face holds a nose that COCO has marked, and then the same person's marked eyes too."
     from masked_ldm.data import load_manifest
-    rows, info = load_manifest(built["train"]); hit = checked = 0
+    rows, info = load_manifest(built["train"]); faces = noses = eyes = 0
     for r in rows:
-        heads = [np.array(p["keypoints"]).reshape(17, 3)[:3] for p in r["people"]]; heads = [h for h in heads if (h[:, 2] > 0).all()]
+        heads = [h[h[:, 2] > 0] for h in (np.array(p["keypoints"]).reshape(17, 3)[:3] for p in r["people"]) if h[0, 2] > 0]   # nose first
         for x0, y0, x1, y1 in (f["box"] for f in r["faces"]):
-            if not heads: continue
-            checked += 1; hit += any(((h[:, 0] >= x0) & (h[:, 0] <= x1) & (h[:, 1] >= y0) & (h[:, 1] <= y1)).all() for h in heads)
-    print(f"{hit} of {checked} faces hold a marked nose and both eyes; {info['pictures_with_face']} of {info['kept']} pictures have a face")
-    assert checked >= 10 and hit/checked >= .8
+            inside = [(h[:, 0] >= x0) & (h[:, 0] <= x1) & (h[:, 1] >= y0) & (h[:, 1] <= y1) for h in heads]
+            faces += 1; noses += any(i[0] for i in inside); eyes += any(i.all() for i in inside)
+    print(f"{faces} faces in {info['pictures_with_face']} of {info['kept']} pictures; {noses} hold a marked nose, {eyes} the marked eyes too")
+    assert faces >= 15 and noses/faces >= .8 and eyes/noses >= .9
 
 def test_geometry_on_photographs(built):
     from masked_ldm.data import PersonDataset, collate

@@ -33,18 +33,20 @@ def test_resumed_is_never_stopped(tmp_path, quick):
     a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
     fresh = train(TrainConfig.make(**{**quick, "seed": 1, "max_steps": 1, "out_dir": str(tmp_path/"other")})); c = weights(fresh.path); assert any(not torch.equal(a[k], c[k]) for k in a)
 
-def two_steps(config, path, parts=1):
-    "Gradients of the branch after two steps on the same four pictures: from the second step on, all of it has one."
+def gradients(config, path, parts=1):
+    "Gradients of a branch that already speaks, for the same four pictures."
     from masked_ldm.data import batch_keys, collate
     from masked_ldm.train import TrainConfig, Trainer
-    tr = Trainer(TrainConfig.make(**{**config, "T": 1000, "gradient_accumulation_steps": parts, "lr_warmup_steps": 0, "learning_rate": 1e-2}), path); keys, = batch_keys(len(tr.train_set), 4, 0, 0, 1)
-    for _ in range(2): tr.step([(range(k, k+4//parts), collate([tr.train_set[i] for i in keys[k:k+4//parts]])) for k in range(0, 4, 4//parts)])
+    tr = Trainer(TrainConfig.make(**{**config, "T": 1000, "gradient_accumulation_steps": parts, }), path); keys, = batch_keys(len(tr.train_set), 4, 0, 0, 1)
+    g = torch.Generator().manual_seed(0)
+    for m in (*tr.bare.controlnet_down_blocks, tr.bare.controlnet_mid_block): m.weight.data.normal_(0, .02, generator=g)
+    tr.step([(range(k, k+4//parts), collate([tr.train_set[i] for _, i in keys[k:k+4//parts]])) for k in range(0, 4, 4//parts)])
     return {n: p.grad for n, p in tr.bare.named_parameters() if p.requires_grad}
 
 def test_accumulation_and_checkpointing_are_the_same_step(tmp_path, quick):
-    plain = two_steps(quick, tmp_path/"a"); inner = [g for n, g in plain.items() if n.startswith("down_blocks")]; assert all(g.abs().sum() > 0 for g in inner)
-    for k, other in dict(accumulated=two_steps(quick, tmp_path/"b", 4), checkpointed=two_steps({**quick, "gradient_checkpointing": True}, tmp_path/"c")).items():
-        for n, g in plain.items(): torch.testing.assert_close(other[n], g, rtol=1e-3, atol=1e-5, msg=lambda m: f"{k} {n}: {m}")
+    plain = gradients(quick, tmp_path/"a"); inner = [g for n, g in plain.items() if n.startswith("down_blocks")]; assert all(g.abs().sum() > 0 for g in inner)
+    for k, other in dict(accumulated=gradients(quick, tmp_path/"b", 4), checkpointed=gradients({**quick, "gradient_checkpointing": True}, tmp_path/"c")).items():
+        for n, g in plain.items(): torch.testing.assert_close(other[n], g, rtol=1e-4, atol=1e-5, msg=lambda m: f"{k} {n}: {m}")
 
 def test_two_processes_are_one(tmp_path, quick):
     "The same global batch over two processes follows the same curve."
