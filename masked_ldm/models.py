@@ -114,7 +114,7 @@ def embed(self:Base, texts, # list of B captions
     ids = self.tokenizer(list(texts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
     return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.float()
 
-# %% ../nbs/00_models.ipynb #63e0cedd
+# %% ../nbs/00_models.ipynb #62885d1d
 def _no_hint(cond): return 0.  # what the untrained hint embedding adds
 
 def _skip_hint(branch):
@@ -133,11 +133,12 @@ def make_branch(unet, # the frozen `UNet2DConditionModel`
     return _skip_hint(branch.float().to(unet.device).train().requires_grad_(True))
 
 def load_branch(path,        # folder written by `branch.save_pretrained`
-                device="cpu"): # where it goes
+                device="cpu",        # where it goes
+                dtype=torch.float32): # of the weights
     "A saved branch. Raises FileNotFoundError with what is missing. Only safetensors are opened."
     if not (Path(path)/"config.json").is_file() or not list(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"branch folder {path} needs config.json and safetensors weights, as written by a run into its controlnet/ folder")
-    return _skip_hint(ControlNetModel.from_pretrained(path, use_safetensors=True).to(device))
+    return _skip_hint(ControlNetModel.from_pretrained(path, use_safetensors=True, torch_dtype=dtype).to(device))
 
 # %% ../nbs/00_models.ipynb #90535383
 class ControlledUNet(nn.Module):

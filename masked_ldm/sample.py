@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from .models import ControlledUNet, load_base, load_branch
 from .show import picture_grid
 
-# %% ../nbs/07_sample.ipynb #3f7ddb59
+# %% ../nbs/07_sample.ipynb #9780a14e
 class MaskedLDMPipeline(StableDiffusionPipeline):
     "A `StableDiffusionPipeline` whose UNet carries a hint-free branch; `strength` turns the branch from 0 (the base) to 1."
     @classmethod
@@ -35,7 +35,7 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
         config = Path(path)/"config.json"
         if not config.is_file(): raise FileNotFoundError(f"{config} is missing: a run folder, as written by a training run, is needed")
         base = load_base(json.loads(config.read_text())["base"], device, dtype)
-        return cls.from_parts(base, load_branch(Path(path)/"controlnet", device).to(dtype).eval(), strength)
+        return cls.from_parts(base, load_branch(Path(path)/"controlnet", device, dtype).eval(), strength)
 
     @property
     def strength(self): return getattr(self.unet, "strength", 0.)
