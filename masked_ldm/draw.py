@@ -220,12 +220,12 @@ def _leg(c, p, J, side, r):
     s = -1 if side == "right" else 1
     c.limb(ankle, (ankle[0]+s*.09*h, ankle[1]+.035*h), .085*h, .07*h, shade(COLORS[p.bottom_color], .55) if p.bottom_color != "black" else (90, 60, 50))
 
-# %% ../nbs/09_draw.ipynb #67221faa
+# %% ../nbs/09_draw.ipynb #e40c8661
 def _torso(c, p, J, r):
     "Neck, trunk and whatever covers it."
     h, N, H = p.head, J["neck"], J["hips"]
     _, sw, hw, _ = KINDS[p.look.kind]
-    top, L, R = COLORS[p.top_color], J["left_shoulder"], J["right_shoulder"]
+    top = COLORS[p.top_color]
     c.part("body"); c.limb((N[0], N[1]+.08*h), J["head"], .13*h, .12*h, shade(SKINS[p.look.skin], .86))
     at = lambda u, v: (N[0]+(H[0]-N[0])*v + u*h, N[1]+.04*h+(H[1]-N[1]-.04*h)*v)  # u across, v down the trunk
     waist = .75 if p.look.kind in ("woman", "girl", "oldwoman") else .95

@@ -241,12 +241,11 @@ def _his(k): return "her" if k.kind in ("woman", "girl", "oldwoman") else "his"
 def _doing(p): return f"holding {'flowers' if p.prop == 'flowers' else _a(p.prop)}" if p.action == "holding" else _ACTIONS.get(p.action, p.action)
 def _wears(p, near): return _a(f"{p.top_color} {p.top}") + ("" if near or p.top == "dress" else f" and {'a ' if p.bottom == 'skirt' else ''}{p.bottom_color} {p.bottom}") + (f" and {_a(p.hat_color+' '+p.hat)}" if p.hat else "")
 
-# %% ../nbs/10_people.ipynb #a121fce3
+# %% ../nbs/10_people.ipynb #37d5e5c2
 def captions(scene, # `Scene`
             ): # five sentences
     "Five captions, from the fullest to the barest."
     near, where, when = scene.framing in ("half", "close"), PLACES[scene.place], _LIGHT[scene.light]
-    facing = scene.framing == "close" and len(scene.people) == 1
     doing = lambda p: "facing the camera" if scene.framing == "close" else _doing(p)
     who = [_a(KIND_WORDS[p.look.kind]) for p in scene.people]; order = sorted(range(len(who)), key=lambda i: scene.people[i].x)
     def join(f): return " and ".join(f(scene.people[i]) for i in order)

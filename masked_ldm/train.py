@@ -247,7 +247,7 @@ def checkpoint(self:Trainer):
     return save_checkpoint(self.path/"checkpoints", self.step_done, self.bare, self.opt.optimizer,
                            dict(config=asdict(self.config), data=self.train_set.info["content"]), self.config.checkpoints_total_limit)
 
-# %% ../nbs/05_train.ipynb #e1177c55
+# %% ../nbs/05_train.ipynb #965c744f
 _MAY_CHANGE = {"resume", "out_dir", "max_steps", "cache_dir", "data_root", "log_steps", "sample_interval", "sample_prompts", "sample_steps", "sample_scheduler", "guidance_scale", "checkpointing_steps",
                "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing"}
 
@@ -262,7 +262,8 @@ def go_on(self:Trainer):
     if drift: raise ConfigError("resume with other settings than the run had: " + ", ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in drift.items()))
     if state.get("data") not in (None, self.train_set.info["content"]): raise ConfigError("resume with other training pictures than the run had: the manifest differs")
     self.step_done = load_checkpoint(path, self.bare, self.opt.optimizer)["step"]
-    log = self.path/"metrics.jsonl"; rows = [json.loads(l) for l in log.read_text().splitlines()] if log.is_file() else []
+    log = self.path/"metrics.jsonl"; lines = log.read_text().splitlines() if log.is_file() else []
+    rows = [json.loads(l) for l in lines if l.startswith("{") and l.endswith("}")]   # a killed run may leave half a line
     self.history = [r for r in rows if r["step"] <= self.step_done]
     if self.acc.is_main_process: log.write_text("".join(json.dumps(r)+"\n" for r in self.history))   # what came after the checkpoint will come again
     self.acc.print(f"going on from {path.name}" + ("" if self.step_done < c.max_steps else f": max_steps {c.max_steps} is already reached, nothing is trained"))

@@ -11,6 +11,11 @@ def cells(path): return nbformat.read(path, 4).cells
 def test_one_parameters_cell(name):
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells(ROOT/"nbs"/f"{name}.ipynb")) == 1
 
+@pytest.mark.parametrize("name", ["05_train", "06_evaluate", "11_tiny_base"])
+def test_papermill_needs_no_nbdev(name):
+    "papermill runs every cell, also those that nbdev hides; a plain `pip install -e .` has no nbdev."
+    assert not any("nbdev" in c.source.replace("nbdev_test", "") for c in cells(ROOT/"nbs"/f"{name}.ipynb") if c.cell_type == "code")
+
 def test_every_field_is_a_parameter():
     from masked_ldm.train import TrainConfig
     cell, = (c for c in cells(ROOT/"nbs"/"05_train.ipynb") if "parameters" in c.metadata.get("tags", []))

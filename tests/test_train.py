@@ -29,7 +29,8 @@ def test_resumed_is_never_stopped(tmp_path, quick):
     half = {**quick, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3}))
     with pytest.raises(ConfigError, match="already holds a run"): train(TrainConfig.make(**half))
     with pytest.raises(ConfigError, match="lambda1 was 0.2, is 0.3"): train(TrainConfig.make(**half, resume="latest", lambda1=.3))
-    rest = train(TrainConfig.make(**half, resume="latest"))
+    with open(tmp_path/"half"/"metrics.jsonl", "a") as f: f.write('{"step": 4, "lo')   # as a kill leaves it
+    rest = train(TrainConfig.make(**half, resume="latest")); assert [r["step"] for r in rest.history] == [1, 2, 3, 4, 5, 6]
     a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
     fresh = train(TrainConfig.make(**{**quick, "seed": 1, "max_steps": 1, "out_dir": str(tmp_path/"other")})); c = weights(fresh.path); assert any(not torch.equal(a[k], c[k]) for k in a)
 
