@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'LIGHTS', 'FRAMINGS', 'KIND_WORDS', 'WORLD_VERSION', 'VAL_ID', 'VAL_PEOPLE', 'identity', 'Scene',
            'sample_scene', 'Drawing', 'render', 'captions', 'face_box', 'annotate', 'write_split', 'write_world']
 
-# %% ../nbs/10_people.ipynb #484d86aa
+# %% ../nbs/10_people.ipynb #cd597e8d
 import json, math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace, asdict
@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 from .draw import (Canvas, Look, Person, draw_person, skeleton, face_frame, shade, COLORS, SKINS, EYES, KINDS, MOODS,
                              HATS, TOPS, BOTTOMS, PROPS, PARTS, JOINTS)
 
-# %% ../nbs/10_people.ipynb #3f309273
+# %% ../nbs/10_people.ipynb #5889b716
 def _sky(c, top, bottom, y=.62):
     "A vertical gradient from the top edge to height `y`."
     g = Image.new("RGB", (1, 2)); g.putdata([top, bottom])
@@ -39,7 +39,7 @@ def _tree(c, x, y, h, leaf, trunk=(112, 78, 52)):
     c.limb((x, y), (x, y-.5*h), .06*h, .045*h, trunk)
     for dx, dy, r in ((-.17, .55, .2), (.17, .55, .2), (0, .78, .24)): c.disc(x+dx*h, y-dy*h, r*h, shade(leaf, .82)); c.disc(x+(dx-.03)*h, y-(dy+.03)*h, r*h*.84, leaf)
 
-# %% ../nbs/10_people.ipynb #94d26f22
+# %% ../nbs/10_people.ipynb #ac286c7d
 def _beach(c, rng):
     "Sky, sea, sand, perhaps a palm."
     _sky(c, (96, 176, 232), (206, 234, 246)); _clouds(c, rng); y = rng.uniform(.5, .6)
@@ -68,7 +68,7 @@ def _street(c, rng):
         x += w
     _ground(c, y, (190, 188, 186)); _ground(c, .86, (98, 100, 108)); c.poly([(.05, .93), (.35, .93), (.33, .95), (.03, .95)], (236, 236, 230)); c.poly([(.6, .93), (.9, .93), (.88, .95), (.58, .95)], (236, 236, 230))
 
-# %% ../nbs/10_people.ipynb #d3eb225d
+# %% ../nbs/10_people.ipynb #cd8330ba
 def _room(c, rng):
     "A wall, a floor, a window or a picture."
     wall = [(238, 222, 196), (196, 214, 216), (222, 200, 206), (204, 214, 186)][rng.integers(4)]
@@ -98,7 +98,7 @@ def _desert(c, rng):
     for x in rng.uniform(0, 1, rng.integers(0, 3)):
         y = rng.uniform(.62, .74); c.limb((x, y), (x, y-.22), .028, .028, (74, 140, 86)); c.limb((x, y-.08), (x+.07, y-.1), .018, .018, (74, 140, 86)); c.limb((x+.07, y-.1), (x+.07, y-.17), .018, .018, (74, 140, 86))
 
-# %% ../nbs/10_people.ipynb #45b2b81b
+# %% ../nbs/10_people.ipynb #ea998aa6
 def _stage(c, rng):
     "Curtains, boards and a spotlight."
     col = [(150, 38, 52), (62, 52, 128), (30, 96, 98)][rng.integers(3)]; _ground(c, 0, shade(col, .45)); _ground(c, .74, (150, 104, 66))
@@ -123,7 +123,7 @@ _DRAW = dict(beach=_beach, park=_park, street=_street, room=_room, mountains=_mo
 LIGHTS = dict(day=(1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0), evening=(1.04, .03, 0, 6, 0, .86, .02, 0, 0, 0, .7, 6),
               night=(.5, .04, .04, 0, .03, .54, .06, 2, .04, .08, .72, 18), grey=(.72, .16, .06, 0, .1, .76, .06, 0, .1, .18, .68, 4))
 
-# %% ../nbs/10_people.ipynb #fba7ffbf
+# %% ../nbs/10_people.ipynb #79cd62fa
 def _pick(rng, options, p=None):
     options = list(options); return options[rng.choice(len(options), p=p)]
 
@@ -140,7 +140,7 @@ def identity(seed, # of the world
                 beard=bool(kind in ("man", "oldman") and rng.random() < .4), glasses=bool(kind != "baby" and rng.random() < (.5 if old else .15)),
                 freckles=bool(not old and kind != "baby" and rng.random() < .2), **{k: float(rng.uniform(-1, 1)) for k in ("jaw", "eye_gap", "eye_size", "brow", "nose", "lips")})
 
-# %% ../nbs/10_people.ipynb #832373f7
+# %% ../nbs/10_people.ipynb #2853de66
 FRAMINGS = dict(full=.42, half=.26, close=.18, small=.14)  # and how often each is drawn
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _place(p, framing, n, i, rng):
     p = replace(p, head=float(head), x=float(x)); want = .5+rng.uniform(-.03, .05) if framing == "close" else .36+rng.uniform(-.03, .03)
     return replace(p, ground=float(p.ground + want - skeleton(p)["head"][1]))
 
-# %% ../nbs/10_people.ipynb #d2e1c831
+# %% ../nbs/10_people.ipynb #970b392c
 def _person(rng, look, framing):
     "Mood, action and clothes for somebody."
     near = framing in ("half", "close")
@@ -194,7 +194,7 @@ def sample_scene(seed,                # of the world
     people.sort(key=lambda pk: pk[0].ground)
     return Scene(seed, id, place, light, framing, tuple(p for p, _ in people), tuple(k for _, k in people))
 
-# %% ../nbs/10_people.ipynb #d2d0c082
+# %% ../nbs/10_people.ipynb #7d9a4be6
 @dataclass
 class Drawing:
     "A painted `Scene`."
@@ -207,7 +207,7 @@ class Drawing:
     def masks(self):
         "(K, size, size) bool: a pixel is a person's if at least half of it is."
         s = self.labels.shape[0]//self.size; who = (self.labels//8).reshape(self.size, s, self.size, s)
-        return np.stack([(who == k+1).mean((1, 3)) >= .5 for k in range(len(self.scene.people))])
+        return np.array([(who == k+1).mean((1, 3)) >= .5 for k in range(len(self.scene.people))], bool).reshape(-1, self.size, self.size)
 
     def label_at(self, x, # fractions of the side
                  y):
@@ -229,7 +229,7 @@ def render(scene,   # `Scene`
     im = c.image.reduce(c.ss)
     return Drawing(scene, im if scene.light == "day" else im.convert("RGB", LIGHTS[scene.light]), np.asarray(c.labels), joints, size)
 
-# %% ../nbs/10_people.ipynb #9331eb73
+# %% ../nbs/10_people.ipynb #159eeeff
 KIND_WORDS = dict(man="man", woman="woman", boy="boy", girl="girl", oldman="old man", oldwoman="old woman", baby="baby")
 _LOOKS = dict(smiling="a smile", laughing="a big laugh", calm="a calm look", sad="a sad look", angry="an angry look", surprised="a surprised look")
 _ACTIONS = dict(posing="standing with hands on hips", kicking="kicking a ball")
@@ -241,7 +241,7 @@ def _his(k): return "her" if k.kind in ("woman", "girl", "oldwoman") else "his"
 def _doing(p): return f"holding {'flowers' if p.prop == 'flowers' else _a(p.prop)}" if p.action == "holding" else _ACTIONS.get(p.action, p.action)
 def _wears(p, near): return _a(f"{p.top_color} {p.top}") + ("" if near or p.top == "dress" else f" and {'a ' if p.bottom == 'skirt' else ''}{p.bottom_color} {p.bottom}") + (f" and {_a(p.hat_color+' '+p.hat)}" if p.hat else "")
 
-# %% ../nbs/10_people.ipynb #37d5e5c2
+# %% ../nbs/10_people.ipynb #0d41680e
 def captions(scene, # `Scene`
             ): # five sentences
     "Five captions, from the fullest to the barest."
@@ -258,7 +258,7 @@ def captions(scene, # `Scene`
     out.append(join(lambda p: f"{_a(KIND_WORDS[p.look.kind])} {doing(p)}") + f" {where}")
     return [s[0].upper() + s[1:] + "." for s in out]
 
-# %% ../nbs/10_people.ipynb #960a8bbd
+# %% ../nbs/10_people.ipynb #80ee23c5
 def _keypoints(d, k):
     "COCO's flat list of (x, y, v), and how many are labelled."
     out, J = [], d.joints[k]
@@ -280,7 +280,7 @@ def face_box(d,   # `Drawing`
     seen = sum(m is not None and m//8 == k+1 and PARTS[m % 8] == "face" for m in marks)
     return [round(float(v), 2) for v in (x0, y0, x1-x0, y1-y0)], bool(seen >= 4 and x1 > x0 and y1 > y0)
 
-# %% ../nbs/10_people.ipynb #a8f4361b
+# %% ../nbs/10_people.ipynb #9e8f8b9a
 def annotate(d,        # `Drawing`
              image_id, # COCO image id; annotation ids are `10*image_id + k`
             ): # list of COCO annotations, one a visible person
@@ -294,7 +294,7 @@ def annotate(d,        # `Drawing`
                         segmentation=dict(size=r["size"], counts=r["counts"].decode()), keypoints=kp, num_keypoints=n, face_box=box, face_valid=ok, attributes=who))
     return out
 
-# %% ../nbs/10_people.ipynb #41a7a1ee
+# %% ../nbs/10_people.ipynb #e5c8e46d
 _LICENSE = dict(id=1, name="CC0 1.0, drawn by masked_ldm", url="https://creativecommons.org/publicdomain/zero/1.0/")
 _CATEGORY = dict(id=1, name="person", supercategory="person", keypoints=list(JOINTS))
 
@@ -323,7 +323,7 @@ def write_split(root,       # folder of the data set
     for name, body in dict(instances=dict(annotations=lean, categories=[_CATEGORY]), person_keypoints=dict(annotations=anns, categories=[_CATEGORY]), captions=dict(annotations=texts)).items():
         (root/"annotations"/f"{name}_{split}2017.json").write_text(json.dumps({**head, **body}))
 
-# %% ../nbs/10_people.ipynb #e7b7f647
+# %% ../nbs/10_people.ipynb #3f13ec9f
 WORLD_VERSION = 1  # raised whenever a scene or its drawing changes, so that old pictures are not taken for new ones
 VAL_ID, VAL_PEOPLE = 1_000_000, range(1000, 1200)  # held-out pictures start here, and show people never seen in training
 
