@@ -48,7 +48,7 @@ def captioned(scene, # `Scene`
         out |= {g: v for g, v in said.items() if g not in ("skin", "prop", "hat") or (g == "hat" and p.hat) or (g == "prop" and p.action == "holding")}
     return out
 
-# %% ../nbs/10b_critics.ipynb #0908c8f1
+# %% ../nbs/10b_critics.ipynb #63e5990b
 def _record(seed, identities, people, id):
     s = sample_scene(seed, id, identities)
     if not people: s = replace(s, people=(), identities=())
@@ -61,7 +61,8 @@ def _record(seed, identities, people, id):
         joints[a["id"]] = np.reshape(a["keypoints"], (17, 3)); x, y, w, h = a["face_box"]
         if a["face_valid"]: faces[a["id"]] = x, y, x+w, y+h
     scene = [SCENE["place"].index(s.place), SCENE["light"].index(s.light), len(s.people)]
-    return dict(pictures=np.asarray(d.image), labels=d.labels[k//2::k, k//2::k].copy(), attributes=attributes, scene=np.int8(scene), joints=joints, faces=faces, identities=who,
+    face = ((d.labels % 8 == PARTS.index("face")) & (d.labels >= 8)).reshape(64, k, 64, k).mean((1, 3))
+    return dict(pictures=np.asarray(d.image), labels=d.labels[k//2::k, k//2::k].copy(), face=(face*255).astype(np.uint8), attributes=attributes, scene=np.int8(scene), joints=joints, faces=faces, identities=who,
                 captions=np.array(captions(s) if people else [""]*5))
 
 def world_arrays(ids,           # picture ids
@@ -69,7 +70,7 @@ def world_arrays(ids,           # picture ids
                  seed=0,        # of the world
                  people=True,   # or the same places, empty
                  workers=0,     # processes
-                ): # dict of arrays: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`, attributes (n,3,13), scene (n,3), joints (n,3,17,3) and faces (n,3,4) in pixels, identities (n,3), captions (n,5)
+                ): # dict of arrays: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`, face (n,64,64) share of face x 255, attributes (n,3,13), scene (n,3), joints (n,3,17,3) and faces (n,3,4) in pixels, identities (n,3), captions (n,5)
     "Pictures of the built-in world and all that is true of them; -1 or NaN where there is nobody or nothing to see."
     f = partial(_record, seed, identities, people)
     if workers:

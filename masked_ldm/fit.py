@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['as_matrix', 'ramp', 'Fit']
 
-# %% ../nbs/10a_fit.ipynb #2ee692df
-import copy, os
+# %% ../nbs/10a_fit.ipynb #2a3c8d8f
+import copy, os, time
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -28,9 +28,9 @@ def ramp(i,         # step, from 0
     "Factor of the learning rate, in (0, 1]."
     return min(1., (i+1)/warm, (steps-i)/(decay*steps))
 
-# %% ../nbs/10a_fit.ipynb #dfd4e49b
+# %% ../nbs/10a_fit.ipynb #c42a39a2
 class Fit:
-    "A model in training: `step` it with losses, keep `ema`."
+    "A model in training: `step` it with losses, keep `ema`; `i` steps are done, in `seconds`."
     def __init__(self, model,   # module; its weights of two or more dimensions go to Muon
                  steps,         # in all
                  path=None,     # checkpoint to write, and to go on from if it is there
@@ -39,7 +39,7 @@ class Fit:
                  plain=(),      # names, or parts of names, of matrices that AdamW gets: embeddings
                  average=.998,  # decay of the moving average
                  every=200):    # steps between checkpoints
-        self.model, self.ema, self.path, self.steps, self.average, self.every, self.i = model, copy.deepcopy(model), path and Path(path), steps, average, every, 0
+        self.model, self.ema, self.path, self.steps, self.average, self.every, self.i, self.seconds, self._last = model, copy.deepcopy(model), path and Path(path), steps, average, every, 0, 0., time.time()
         muon = [p for k, p in model.named_parameters() if p.ndim > 1 and not any(s in k for s in plain)]; taken = set(map(id, muon))
         self.pairs = [(p, torch.nn.Parameter(as_matrix(p.data))) for p in muon]
         self.opts = [torch.optim.Muon([m for _, m in self.pairs], lr=lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw")] if muon else []
@@ -48,19 +48,19 @@ class Fit:
         if self.path and self.path.is_file(): self._load()
 
     def _load(self):
-        s = torch.load(self.path, weights_only=True, map_location="cpu"); self.i = s["i"]; self.model.load_state_dict(s["model"]); self.ema.load_state_dict(s["ema"])
+        s = torch.load(self.path, weights_only=True, map_location="cpu"); self.i, self.seconds = s["i"], s["seconds"]; self.model.load_state_dict(s["model"]); self.ema.load_state_dict(s["ema"])
         for o, state in zip(self.opts, s["opts"]): o.load_state_dict(state)
 
     def save(self):
         "Write the checkpoint."
-        tmp = self.path.with_suffix(".tmp"); torch.save(dict(i=self.i, model=self.model.state_dict(), ema=self.ema.state_dict(), opts=[o.state_dict() for o in self.opts]), tmp); os.replace(tmp, self.path)
+        tmp = self.path.with_suffix(".tmp"); torch.save(dict(i=self.i, seconds=self.seconds, model=self.model.state_dict(), ema=self.ema.state_dict(), opts=[o.state_dict() for o in self.opts]), tmp); os.replace(tmp, self.path)
 
     @property
     def left(self):
         "The steps still to do."
         return range(self.i, self.steps)
 
-# %% ../nbs/10a_fit.ipynb #97e7fa98
+# %% ../nbs/10a_fit.ipynb #f8b77e61
 @patch
 def step(self:Fit, loss): # scalar
     "One step down. Raises FloatingPointError if the loss is not finite."
@@ -71,5 +71,5 @@ def step(self:Fit, loss): # scalar
     for o in self.opts: o.step()
     with torch.no_grad():
         for a, b in zip(self.ema.parameters(), self.model.parameters()): a.lerp_(b, 1 - min(self.average, (1+self.i)/(10+self.i)))
-    self.i += 1
+    now = time.time(); self.i, self.seconds, self._last = self.i+1, self.seconds + now - self._last, now
     if self.path and (self.i % self.every == 0 or self.i == self.steps): self.save()

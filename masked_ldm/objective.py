@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['term_weights', 'published_weights', 'Terms', 'MaskAwareObjective', 'boxes_of', 'DeadTerm', 'check_gradients']
 
-# %% ../nbs/04b_objective.ipynb #1fa68352
+# %% ../nbs/04b_objective.ipynb #31c54709
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import nn
 
-# %% ../nbs/04b_objective.ipynb #20102458
+# %% ../nbs/04b_objective.ipynb #17e4fcfa
 def term_weights(low,       # (B,) bool: t < T
                  has_mask,  # (B,) bool: somebody is in the picture
                  has_face,  # (B,) bool: a usable face is in the picture
@@ -25,7 +25,7 @@ def term_weights(low,       # (B,) bool: t < T
     w[2] = torch.where(total > 1e-8, w[2], 1.)   # nothing to say at all: the plain loss
     return w
 
-# %% ../nbs/04b_objective.ipynb #fe939f0f
+# %% ../nbs/04b_objective.ipynb #47b54241
 def published_weights(low, has_mask, has_face, lambda1, lambda2): # like `term_weights`
     "The weights as the authors' code computes them: a missing face rescales LDM first and LPIPS by the result."
     l1, l2, l3 = lambda1, lambda2, 1. - lambda1 - lambda2
@@ -34,7 +34,7 @@ def published_weights(low, has_mask, has_face, lambda1, lambda2): # like `term_w
     plain = torch.zeros_like(face); plain[2] = 1
     return torch.where(low, torch.where(has_face, face, none), plain)
 
-# %% ../nbs/04b_objective.ipynb #c28278e6
+# %% ../nbs/04b_objective.ipynb #31ec6421
 @dataclass
 class Terms:
     "What the objective computed; every tensor but `total` is (B,), in batch order."
@@ -52,7 +52,7 @@ class Terms:
         "{name: (values, weights)} of the three terms."
         return dict(lpips=(self.lpips, self.w_lpips), face=(self.face, self.w_face), ldm=(self.ldm, self.w_ldm))
 
-# %% ../nbs/04b_objective.ipynb #2e97ea3f
+# %% ../nbs/04b_objective.ipynb #cdfe257e
 class MaskAwareObjective(nn.Module):
     "Eq. (3) of the paper, per sample."
     def __init__(self, T,        # perceptual terms where t < T; 0 never, 1000 always
@@ -72,7 +72,7 @@ class MaskAwareObjective(nn.Module):
         "(B,) bool: does this timestep get the perceptual terms?"
         return t <= self.T if self.variant == "as_published" and self.T else t < self.T
 
-# %% ../nbs/04b_objective.ipynb #904ccbb6
+# %% ../nbs/04b_objective.ipynb #e3337d64
 def boxes_of(boxes, # (M,5) rows of (image number, x0, y0, x1, y1)
              keep,  # (B,) bool: the images that stay
             ): # (M',5) the boxes of those images, renumbered
@@ -104,7 +104,7 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
     total = (w1*lp + w2*fc + w3*l_ldm).mean()                                              # Eq. (3)
     return Terms(total, l_ldm, lp, fc, w1, w2, w3, low, images)
 
-# %% ../nbs/04b_objective.ipynb #f96e9c22
+# %% ../nbs/04b_objective.ipynb #de6f41d5
 class DeadTerm(RuntimeError):
     "A term of the objective has no gradient at the trained weights."
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'run_folder', 'load_data', 'keyed_noise', 'load_networks', 'Trainer', 'summarise', 'provenance',
-           'plot_history', 'RunResult', 'train', 'main']
+           'plot_history', 'plot_verdict', 'RunResult', 'train', 'main']
 
-# %% ../nbs/05_train.ipynb #9b9e76ba
+# %% ../nbs/05_train.ipynb #0a2169d4
 import argparse, contextlib, hashlib, json, math, os, platform, subprocess, sys, typing
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .config import ConfigError, TrainConfig, told
 
-# %% ../nbs/05_train.ipynb #980c881d
+# %% ../nbs/05_train.ipynb #41c3ec54
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
@@ -23,7 +23,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
-from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_tap
+from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_network
 from .face_loss import FaceLoss
 from .masked_lpips import MaskedLPIPS
 from .models import BASES, ControlledUNet, load_base, make_branch
@@ -33,7 +33,7 @@ from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .show import picture_grid, progress
 
-# %% ../nbs/05_train.ipynb #3a7f7b87
+# %% ../nbs/05_train.ipynb #b916722a
 def run_folder(config): # `TrainConfig`
     "The folder of this run, made. Raises ConfigError if it already holds a run that is not resumed, or cannot be written."
     if config.out_dir: path = Path(config.out_dir)
@@ -45,7 +45,7 @@ def run_folder(config): # `TrainConfig`
     except OSError as e: raise ConfigError(f"out_dir {path} cannot be written: {e.strerror}") from None
     return path
 
-# %% ../nbs/05_train.ipynb #50d76d4b
+# %% ../nbs/05_train.ipynb #49a0e079
 def _manifest(config, root, split):
     "Path of the split's manifest, built if it is not there."
     notes = sorted((root/"annotations").glob(f"*_{split}2017.json")); key = [MANIFEST_VERSION, str(root.resolve()), split, config.min_area, config.faces, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in notes]]
@@ -60,7 +60,7 @@ def load_data(config): # `TrainConfig`
     if len(train_set) < config.batch_size: raise ConfigError(f"batch_size {config.batch_size} is more than the {len(train_set)} pictures that {root} has after filtering")
     return train_set, val_set, paths
 
-# %% ../nbs/05_train.ipynb #62711c60
+# %% ../nbs/05_train.ipynb #7e81b8c1
 def keyed_noise(seed, step, positions, shape): # of the run; optimiser step; positions in the whole batch; (4,h,w) of a latent
     "(noise (B,4,h,w), posterior noise (B,4,h,w), t (B,) in 0..999), a function of its arguments."
     out = []
@@ -69,10 +69,10 @@ def keyed_noise(seed, step, positions, shape): # of the run; optimiser step; pos
         out.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g), torch.randint(0, 1000, (), generator=g)))
     return tuple(map(torch.stack, zip(*out)))
 
-# %% ../nbs/05_train.ipynb #1f7c0782
+# %% ../nbs/05_train.ipynb #7c7f1dcc
 def load_networks(config, device="cpu"): # `TrainConfig`; where they go
     "(Base, MaskedLPIPS or None, FaceLoss or None, the two judges if there is judging). Raises one FileNotFoundError that lists everything that is missing."
-    c, lost, tiny = config, [], lambda net, name: load_tap(name) if net == "tiny" else net
+    c, lost, tiny = config, [], lambda net, name: load_network(name) if net == "tiny" else net
     def attempt(f):
         try: return f()
         except FileNotFoundError as e: lost.append(str(e))
@@ -114,7 +114,7 @@ class Trainer:
         if found < 2: self.acc.print(f"only {found} usable face(s) in the training pictures at {self.config.size} px: the face loss is not calibrated"); return
         b = collate(picked); face.calibrate(b.pixels.to(self.acc.device), b.boxes.to(self.acc.device))
 
-# %% ../nbs/05_train.ipynb #f6d71026
+# %% ../nbs/05_train.ipynb #cafbbfd9
 @patch
 def losses(self:Trainer, batch, # `Batch`
            noise, post, t,      # from `keyed_noise`
@@ -128,7 +128,7 @@ def losses(self:Trainer, batch, # `Batch`
     l_ldm, x0_hat = F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
     with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None)
 
-# %% ../nbs/05_train.ipynb #2d3db450
+# %% ../nbs/05_train.ipynb #c2310a91
 @patch
 def preflight(self:Trainer):
     "{term: gradient norm at the branch}. Raises `DeadTerm`."
@@ -141,7 +141,7 @@ def preflight(self:Trainer):
     if low and c.lambda2 and not count(b.boxes): self.acc.print("no usable face in the 64 pictures looked at: the face loss could not be checked")
     return self.norms
 
-# %% ../nbs/05_train.ipynb #f451ecb5
+# %% ../nbs/05_train.ipynb #a2245feb
 @patch
 def step(self:Trainer, batches, # the step's parts: [(positions in the whole batch, `Batch`)]
         ): # list of detached `Terms` with their timesteps, or None if the step was skipped
@@ -166,7 +166,7 @@ def step(self:Trainer, batches, # the step's parts: [(positions in the whole bat
     self.bad = 0; self.opt.step()
     return done
 
-# %% ../nbs/05_train.ipynb #0a029402
+# %% ../nbs/05_train.ipynb #1406e91f
 BANDS = (0, 50, 100, 200, 400, 700, 1000)
 
 def summarise(done, # list of (t, parts, total), from `Trainer.step`
@@ -180,7 +180,7 @@ def summarise(done, # list of (t, parts, total), from `Trainer.step`
         if inside.any(): bands[f"{a}-{b}"] = dict(n=int(inside.sum()), **{k: m for k in parts if (m := mean(k, inside)) is not None})
     return dict(loss=round(sum(d[2] for d in done)/len(done), 6), **{k: mean(k, every) for k in parts}, bands=bands)
 
-# %% ../nbs/05_train.ipynb #248b27bf
+# %% ../nbs/05_train.ipynb #603c0d3a
 @patch
 def judge(self:Trainer):
     "Paired one-step metrics of the branch against the base on held-out pictures."
@@ -199,7 +199,7 @@ def grid(self:Trainer):
     out = self.path/"samples"/f"step_{self.step_done:06d}.png"; out.parent.mkdir(exist_ok=True)
     picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
 
-# %% ../nbs/05_train.ipynb #61c83abb
+# %% ../nbs/05_train.ipynb #2cdee9de
 def provenance(): # where a number came from
     "Versions, hardware and commit."
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True) if Path(".git").exists() else None
@@ -226,7 +226,7 @@ pictures: manifest {sha}. Judged on held-out pictures, negative is better:
 {table}
 """
 
-# %% ../nbs/05_train.ipynb #186fe681
+# %% ../nbs/05_train.ipynb #136be191
 @patch
 def write(self:Trainer, **parts): # names and JSON values
     "Write JSON files of the run folder, each whole; on the main process."
@@ -247,7 +247,7 @@ def checkpoint(self:Trainer):
     return save_checkpoint(self.path/"checkpoints", self.step_done, self.bare, self.opt.optimizer,
                            dict(config=asdict(self.config), data=self.train_set.info["content"]), self.config.checkpoints_total_limit)
 
-# %% ../nbs/05_train.ipynb #965c744f
+# %% ../nbs/05_train.ipynb #79d2e2a7
 _MAY_CHANGE = {"resume", "out_dir", "max_steps", "cache_dir", "data_root", "log_steps", "sample_interval", "sample_prompts", "sample_steps", "sample_scheduler", "guidance_scale", "checkpointing_steps",
                "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing"}
 
@@ -268,7 +268,7 @@ def go_on(self:Trainer):
     if self.acc.is_main_process: log.write_text("".join(json.dumps(r)+"\n" for r in self.history))   # what came after the checkpoint will come again
     self.acc.print(f"going on from {path.name}" + ("" if self.step_done < c.max_steps else f": max_steps {c.max_steps} is already reached, nothing is trained"))
 
-# %% ../nbs/05_train.ipynb #8b9708d3
+# %% ../nbs/05_train.ipynb #5f780c50
 @patch
 def loop(self:Trainer, log, # open metrics.jsonl
          grids):            # paths, appended to
@@ -308,7 +308,7 @@ def _empty(self:Trainer, batch):
     if p: batch.captions = ["" if int(hashlib.blake2b(f"{self.config.seed}/{self.step_done}/{i}".encode(), digest_size=4).hexdigest(), 16)/2**32 < p else s for i, s in zip(batch.image_ids, batch.captions)]
     return batch
 
-# %% ../nbs/05_train.ipynb #31128eb3
+# %% ../nbs/05_train.ipynb #fad596f0
 def plot_history(history, # rows of metrics.jsonl
                  T=None): # the gate, drawn as a title
     "A panel a term, a colour a band of timesteps; returns the figure."
@@ -324,7 +324,23 @@ def plot_history(history, # rows of metrics.jsonl
     if T is not None: fig.suptitle(f"terms by timestep band; the gate is at T = {T}", fontsize=9)
     return fig
 
-# %% ../nbs/05_train.ipynb #eff3b070
+# %% ../nbs/05_train.ipynb #be54f07b
+def plot_verdict(grid,    # path of a sample grid, base above and branch below
+                 metrics, # from `compare`
+                 steps,   # that the branch was trained
+                ): # figure
+    "What a run changed: samples from the same noise, and the distances inside people and faces before and after, with 95% intervals of the change."
+    import matplotlib.pyplot as plt
+    im = plt.imread(grid); h = 9*im.shape[0]/im.shape[1]; fig, (top, low) = plt.subplots(2, 1, figsize=(9, h+1.7), height_ratios=(h, 1.5), layout="constrained")
+    top.imshow(im); top.axis("off"); top.set_title(f"the same noise and prompts before training (base) and after {steps} steps (ours)", fontsize=9)
+    rows = [(f"{name}, {cut}", m) for k, name in dict(person="people", face="faces").items() for cut, m in metrics["one_step"][k].items() if m["n"]]
+    for y, (name, m) in enumerate(rows):
+        c = "C2" if m["high"] < 0 else "C3" if m["low"] > 0 else "C7"; low.errorbar(100*m["change"], y, xerr=[[100*(m["change"]-m["low"])], [100*(m["high"]-m["change"])]], fmt="o", c=c, capsize=3)
+        low.annotate(f"{m['base']:.4f} \u2192 {m['model']:.4f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    low.axvline(0, c="k", lw=.8); low.set(yticks=range(len(rows)), ylim=(len(rows)-.5, -.5), xlabel="change of the distance to the truth, % (left is better)"); low.set_yticklabels([r[0] for r in rows], fontsize=8)
+    return fig
+
+# %% ../nbs/05_train.ipynb #734d7d33
 @dataclass
 class RunResult:
     "A finished run."
@@ -346,7 +362,7 @@ def train(config, # `TrainConfig`
     with open(path/"metrics.jsonl", "a") as log: run.loop(log, grids)
     return RunResult(path, config, run.history, norms, run.end(), grids)
 
-# %% ../nbs/05_train.ipynb #70fe73f3
+# %% ../nbs/05_train.ipynb #f5f5fcb8
 def main(argv=None): # command line; None: sys.argv
     "Train a branch; every setting of `TrainConfig` is a flag."
     ap = argparse.ArgumentParser(prog="masked-ldm-train", description=main.__doc__); kinds = typing.get_type_hints(TrainConfig)
