@@ -25,7 +25,7 @@ from .fit import Fit
 from .people import LIGHTS, PLACES, VAL_ID, VAL_PEOPLE, annotate, captions, render, sample_scene
 from .show import progress
 
-# %% ../nbs/10b_critics.ipynb #ac2ab33e
+# %% ../nbs/10b_critics.ipynb #09650b1e
 GROUPS = dict(kind=tuple(KINDS), skin=tuple(SKINS), eyes=tuple(EYES), hair=HAIR_STYLES, hair_color=tuple(HAIRS), mood=MOODS, action=tuple(POSES),
               top=TOPS, top_color=tuple(COLORS), bottom=BOTTOMS, bottom_color=tuple(COLORS), hat=("", *HATS), prop=("", *PROPS))
 SCENE = dict(place=tuple(PLACES), light=tuple(LIGHTS), people=(0, 1, 2, 3))
@@ -35,17 +35,17 @@ def visible(scene, # `Scene`
            ): # {group: value}
     "What a picture shows of a person."
     near = scene.framing in ("half", "close"); bare = near or p.top == "dress"
-    hidden = dict(eyes=p.mood == "laughing" or scene.framing == "small", hair_color=p.look.hair == "bald", action=scene.framing == "close", bottom=bare, bottom_color=bare)
+    hidden = dict(eyes=p.mood == "laughing" or scene.framing == "small", hair_color=p.look.hair == "bald", action=scene.framing == "close", top=scene.framing == "close", bottom=bare, bottom_color=bare)
     return {g: getattr(p.look if hasattr(p.look, g) else p, g) for g in GROUPS if not hidden.get(g)}
 
-# %% ../nbs/10b_critics.ipynb #2a113b9f
+# %% ../nbs/10b_critics.ipynb #50a17ea9
 def captioned(scene, # `Scene`
              ): # {group: value}
     "What `captions(scene)[0]` says."
     out = dict(place=scene.place, light=scene.light, people=len(scene.people))
     if len(scene.people) == 1:
         p = scene.people[0]; said = visible(scene, p)
-        out |= {g: v for g, v in said.items() if g not in ("skin", "prop", "hat") or (g == "hat" and p.hat) or (g == "prop" and p.action == "holding")}
+        out |= {g: v for g, v in said.items() if g != "skin" and (g != "prop" or p.prop)}
     return out
 
 # %% ../nbs/10b_critics.ipynb #63e5990b

@@ -113,17 +113,18 @@ def train_ldm(root,  # folder of the base, with its `vae`; the checkpoint is wri
     for name, part in dict(text_encoder=fit.ema["text"], unet=fit.ema["unet"], tokenizer=tok, scheduler=sched).items(): part.save_pretrained(root/name)
     return fit.ema
 
-# %% ../nbs/11_tiny_base.ipynb #176dfb84
+# %% ../nbs/11_tiny_base.ipynb #e407e7d7
 NETWORKS = dict(perceptual=(Critic, 2, dict(widths=(32, 64, 96, 128), neck=64)), judge_perceptual=(Critic, 3, dict(widths=(24, 56, 96, 144), neck=72)),
                 face=(FaceNet, 4, dict(widths=(32, 64, 96))), judge_face=(FaceNet, 5, dict(widths=(24, 56, 104), dim=80)))  # class, seed, size
 
 def train_networks(root,  # folder of the base
                    world, # from `world_arrays`, with some empty pictures
+                   other, # the same of other people, for the judges
                    critic_steps, face_steps, # optimiser steps of each
                    seed=0, **kw): # added to each network's own; for `train_critic` and `train_face`
     "Train the four networks and save them to `root`."
     for name, (cls, own, size) in NETWORKS.items():
-        train, steps = (train_critic, critic_steps) if cls is Critic else (train_face, face_steps); train(Path(root)/name, world, steps, seed=seed+own, **size, **kw)
+        train, steps = (train_critic, critic_steps) if cls is Critic else (train_face, face_steps); train(Path(root)/name, other if name.startswith("judge") else world, steps, seed=seed+own, **size, **kw)
 
 # %% ../nbs/11_tiny_base.ipynb #9e39d24f
 def save_index(root): # folder that holds the five parts
