@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from fastcore.basics import patch
 
-# %% ../nbs/05a_config.ipynb #ba97974f
+# %% ../nbs/05a_config.ipynb #261cccf9
 class ConfigError(ValueError):
     "A setting that cannot be; the message is one sentence that names it."
 
 _PRESETS = dict(
-    tiny=dict(base="tiny", lpips_net="tiny", face_net="tiny", size=64, max_steps=160, batch_size=8, learning_rate=1e-4, lr_warmup_steps=10, checkpointing_steps=80, sample_interval=80, log_steps=5,
+    tiny=dict(base="tiny", lpips_net="tiny", face_net="tiny", size=64, max_steps=400, batch_size=8, learning_rate=3e-4, lr_warmup_steps=10, checkpointing_steps=200, sample_interval=200, log_steps=5,
               sample_steps=20, sample_scheduler="dpm", guidance_scale=3., val_pictures=48, mixed_precision="no", dataloader_num_workers=0),
     sd15=dict(base="sd15", lpips_net="vgg", face_net="vggface2", size=512, max_steps=12*37470, batch_size=1, learning_rate=1e-5, lr_warmup_steps=0, checkpointing_steps=2000, sample_interval=2000, log_steps=50,
               sample_steps=50, sample_scheduler="ddim", guidance_scale=9., val_pictures=64, mixed_precision="bf16", dataloader_num_workers=4))
@@ -24,7 +24,7 @@ _PRESETS["sd15-12gb"] = dict(_PRESETS["sd15"], gradient_checkpointing=True)
 
 def _opt(default, help, choices=None): return field(default=default, metadata=dict(help=help, choices=choices))
 
-# %% ../nbs/05a_config.ipynb #48fe6629
+# %% ../nbs/05a_config.ipynb #865075da
 @dataclass
 class TrainConfig:
     "Everything a run is told; make one with `TrainConfig.make`, which applies the preset and checks."
@@ -47,10 +47,10 @@ class TrainConfig:
     base: str = _opt("tiny", "frozen base: tiny, sd15, a folder or a hub id")
     out_dir: typing.Optional[str] = _opt(None, "run folder; runs/PRESET or the next free runs/PRESET-N if not given")
     cache_dir: str = _opt("runs/cache", "where drawn worlds and manifests are kept")
-    max_steps: int = _opt(160, "optimiser steps")
+    max_steps: int = _opt(400, "optimiser steps")
     batch_size: int = _opt(8, "pictures a step, over all processes and accumulation")
     gradient_accumulation_steps: int = _opt(1, "parts a step is cut into, to save memory")
-    learning_rate: float = _opt(1e-4, "of AdamW")
+    learning_rate: float = _opt(3e-4, "of AdamW")
     lr_warmup_steps: int = _opt(10, "steps of linear warm-up")
     adam_beta1: float = _opt(.9, "of AdamW")
     adam_beta2: float = _opt(.999, "of AdamW")
@@ -60,10 +60,10 @@ class TrainConfig:
     gradient_checkpointing: bool = _opt(False, "recompute activations of branch, UNet and VAE decoder")
     seed: int = _opt(0, "of data order, augmentation, noise and timesteps")
     resume: typing.Optional[str] = _opt(None, "latest, or a checkpoint folder")
-    checkpointing_steps: int = _opt(80, "steps between checkpoints")
+    checkpointing_steps: int = _opt(200, "steps between checkpoints")
     checkpoints_total_limit: int = _opt(2, "newest checkpoints that stay")
     log_steps: int = _opt(5, "steps between log lines")
-    sample_interval: int = _opt(80, "steps between sample grids")
+    sample_interval: int = _opt(200, "steps between sample grids")
     sample_prompts: typing.Optional[list] = _opt(None, "prompts of the grids; the paper's four if not given")
     sample_steps: int = _opt(20, "of the sampler")
     sample_scheduler: str = _opt("dpm", "sampler of the grids", ("ddim", "dpm", "unipc"))

@@ -166,7 +166,7 @@ def critic_loss(r, # from `Critic.read`
         total = total + (F.cross_entropy(v, y, ignore_index=-1, reduction="none")*w).sum()/w.sum().clamp(min=1)
     return out | dict(attributes=total)
 
-# %% ../nbs/10b_critics.ipynb #fa0f5863
+# %% ../nbs/10b_critics.ipynb #44bfa53b
 @torch.no_grad()
 def equal_weights(net, # `TapNet`
                   x,   # (B,3,H,W) RGB in [-1,1], B pictures of different things
@@ -179,17 +179,19 @@ def equal_weights(net, # `TapNet`
 def train_critic(folder, # where it goes; its checkpoint is written beside
                  world,  # from `world_arrays`, with some empty pictures
                  steps,  # optimiser steps
-                 batch=48, seed=0, **kw): # of weights and order; for `Critic`
-    "Train a `Critic` and save its average."
-    torch.manual_seed(seed); fit = Fit(Critic(**kw).to(memory_format=torch.channels_last), steps, f"{folder}.ckpt"); n = len(world["pictures"])
+                 batch=48, # pictures a step
+                 seed=0,   # of weights and order
+                 device="cpu", **kw): # to train on; the rest goes to `Critic`
+    "Train a `Critic` and save its average, which is returned."
+    torch.manual_seed(seed); n = len(world["pictures"]); fit = Fit(Critic(**kw).to(device, memory_format=torch.channels_last), steps, f"{folder}.ckpt", key=dict(seed=seed, batch=batch, pictures=n))
     for i in progress(fit.left, Path(folder).name):
-        rng = np.random.default_rng([seed, i]); want = lesson(world, rng.integers(0, n, batch), rng.random() < .5)
-        with torch.autocast("cpu", torch.bfloat16): r = fit.model.read(want["x"].contiguous(memory_format=torch.channels_last))
+        rng = np.random.default_rng([seed, i]); want = {k: v.to(device) for k, v in lesson(world, rng.integers(0, n, batch), rng.random() < .5).items()}
+        with torch.autocast(torch.device(device).type, torch.bfloat16): r = fit.model.read(want["x"].contiguous(memory_format=torch.channels_last))
         fit.step(sum(critic_loss(r, want).values()))
-    fit.ema.register_to_config(weights=equal_weights(fit.ema, to_pixels(world["pictures"][:256]))); fit.ema.save_pretrained(folder)
+    fit.ema.register_to_config(weights=equal_weights(fit.ema, to_pixels(world["pictures"][:256]).to(device))); fit.ema.save_pretrained(folder)
     return fit.ema
 
-# %% ../nbs/10b_critics.ipynb #ecaf9c54
+# %% ../nbs/10b_critics.ipynb #c6bfe491
 class FaceNet(TapNet):
     "A `TapNet` whose last block becomes an embedding of a face."
     @register_to_config
@@ -212,25 +214,27 @@ def face_rows(world,     # from `world_arrays`
 def train_face(folder, # where it goes; its checkpoint is written beside
                world,  # from `world_arrays`
                steps,  # optimiser steps
-               batch=128, seed=0, **kw): # of weights and order; for `FaceNet`
-    "Train a `FaceNet` and save its average."
-    torch.manual_seed(seed); rows, who = face_rows(world); names, y = np.unique(who, return_inverse=True); y = torch.from_numpy(y)
-    model = nn.ModuleDict(dict(net=FaceNet(**kw).to(memory_format=torch.channels_last), people=nn.Linear(kw.get("dim", 64), len(names), bias=False)))
-    fit = Fit(model, steps, f"{folder}.ckpt", plain=("people",))
+               batch=128, # faces a step
+               seed=0,    # of weights and order
+               device="cpu", **kw): # to train on; the rest goes to `FaceNet`
+    "Train a `FaceNet` and save its average, which is returned."
+    torch.manual_seed(seed); rows, who = face_rows(world); names, y = np.unique(who, return_inverse=True); y = torch.from_numpy(y).to(device)
+    model = nn.ModuleDict(dict(net=FaceNet(**kw).to(memory_format=torch.channels_last), people=nn.Linear(kw.get("dim", 64), len(names), bias=False))).to(device)
+    fit = Fit(model, steps, f"{folder}.ckpt", plain=("people",), key=dict(seed=seed, batch=batch, faces=len(rows)))
     for i in progress(fit.left, Path(folder).name):
         g = torch.Generator().manual_seed(seed*1_000_003 + i); k = torch.randint(0, len(rows), (batch,), generator=g); b = rows[k].clone(); where = b[:, 0].long().numpy()
         side = (b[:, 3:] - b[:, 1:3]).repeat(1, 2); b[:, 1:] += side*.06*torch.randn(b[:, 1:].shape, generator=g); b[:, 0] = torch.arange(batch)
-        x = crop_faces(to_pixels(world["pictures"][where]), b, 32); x = x.flip(-1) if i % 2 else x
-        with torch.autocast("cpu", torch.bfloat16): e = model["net"].embed(x.contiguous(memory_format=torch.channels_last))
+        x = crop_faces(to_pixels(world["pictures"][where]), b, 32); x = (x.flip(-1) if i % 2 else x).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16): e = model["net"].embed(x.contiguous(memory_format=torch.channels_last))
         cos = e @ F.normalize(model["people"].weight, dim=1).T
-        fit.step(F.cross_entropy(16*(cos - .2*F.one_hot(y[k], len(names))), y[k]))
-    net = fit.ema["net"]; few = rows[:512]; net.register_to_config(weights=_face_weights(net, crop_faces(to_pixels(world["pictures"][few[:, 0].long().numpy()]), torch.cat([torch.arange(len(few))[:, None], few[:, 1:]], 1), 32)))
+        own = y[k.to(device)]; fit.step(F.cross_entropy(16*(cos - .2*F.one_hot(own, len(names))), own))
+    net = fit.ema["net"].cpu(); few = rows[:512]; net.register_to_config(weights=_face_weights(net, crop_faces(to_pixels(world["pictures"][few[:, 0].long().numpy()]), torch.cat([torch.arange(len(few))[:, None], few[:, 1:]], 1), 32)))
     net.save_pretrained(folder); return net
 
 @torch.no_grad()
 def _face_weights(net, crops): d = [(f - f.roll(1, 0)).abs().mean().item() for f in net(crops)]; return [1/(len(d)*max(v, 1e-12)) for v in d]
 
-# %% ../nbs/10b_critics.ipynb #9e78b046
+# %% ../nbs/10b_critics.ipynb #fbd2709d
 @torch.no_grad()
 def embed_faces(net, # `FaceNet`
                 pictures, # (B,H,W,3) uint8
@@ -238,20 +242,21 @@ def embed_faces(net, # `FaceNet`
     "(M,dim) embeddings of the faces at `rows`."
     return torch.cat([net.embed(crop_faces(to_pixels(pictures[r[:, 0].long().numpy()]), torch.cat([torch.arange(len(r))[:, None], r[:, 1:]], 1), net.face_size)) for r in rows.split(256)])
 
-def verification(e,   # (M,dim) unit embeddings
-                 who, # (M,) identities
+def verification(e,     # (M,dim) unit embeddings
+                 who,   # (M,) identities
+                 alike=None, # (M,) labels: pairs of two people only where these are equal, which makes it hard
                  seed=0): # of the choice of pairs
-    "Share of pairs told right: one person or two?"
-    rng = np.random.default_rng(seed); e, order = e.numpy(), rng.permutation(len(who)); same = [(a, b) for n, a in enumerate(order) for b in order[n+1:] if who[a] == who[b]]; same = [same[k] for k in rng.permutation(len(same))[:4000]]
-    other = []
-    while len(other) < len(same):
-        a, b = rng.integers(0, len(who), 2)
-        if who[a] != who[b]: other.append((a, b))
-    cos = np.array([e[a] @ e[b] for a, b in same + other]); y = np.repeat([True, False], len(same)); fold = rng.permutation(len(y)) % 2 == 0
-    best = lambda on: max(np.unique(cos[on]), key=lambda t: ((cos[on] >= t) == y[on]).mean())
-    return float(np.mean([((cos[~on] >= best(on)) == y[~on]).mean() for on in (fold, ~fold)]))
+    "Share of pairs told right: one person or two? As many of each; the threshold comes from one half of the people and is judged on the other, both ways. NaN without pairs."
+    rng, e, who = np.random.default_rng(seed), e.numpy(), np.asarray(who); names = rng.permutation(np.unique(who)); halves = []
+    for part in (names[::2], names[1::2]):
+        k = np.flatnonzero(np.isin(who, part)); a, b = (k[v] for v in np.triu_indices(len(k), 1)); same = who[a] == who[b]; other = ~same if alike is None else ~same & (np.asarray(alike)[a] == np.asarray(alike)[b])
+        pairs = [rng.permutation(np.flatnonzero(v)) for v in (same, other)]; n = min(4000, *map(len, pairs))
+        if not n: return float("nan")
+        on = np.concatenate([v[:n] for v in pairs]); halves.append(((e[a[on]]*e[b[on]]).sum(1), np.repeat([True, False], n)))
+    best = lambda cos, y: max(np.unique(cos), key=lambda t: ((cos >= t) == y).mean())
+    return float(np.mean([((v >= best(*u)) == y).mean() for u, (v, y) in (halves, halves[::-1])]))
 
-# %% ../nbs/10b_critics.ipynb #4f4d334a
+# %% ../nbs/10b_critics.ipynb #70b5a517
 @torch.no_grad()
 def tell(critic, x): # `Critic`; (B,3,64,64) RGB in [-1,1]
     "dict of arrays: person, face (B,) bool; says {group: (B,) index}; mask (B,32,32) bool; heat (B,17,32,32); box (B,4) of the largest face in pixels, NaN if none."
@@ -269,42 +274,52 @@ def tell(critic, x): # `Critic`; (B,3,64,64) RGB in [-1,1]
 def hits(told,   # from `tell`
          scenes, # list of `Scene`, one a picture
         ): # {group: (B,) 1., 0. or NaN where the caption says nothing}
-    "Where the picture shows what the caption says."
+    "Where the picture shows what the caption says: a caption's facts, each true, false or not said."
     out = {g: np.full(len(scenes), np.nan) for g in (*GROUPS, *SCENE)}
     for i, s in enumerate(scenes):
         for g, v in captioned(s).items(): out[g][i] = told["says"][g][i] == (GROUPS.get(g) or SCENE[g]).index(v)
     return out
 
-# %% ../nbs/10b_critics.ipynb #7eb573aa
-def peaks(heat, # (17,h,w)
+# %% ../nbs/10b_critics.ipynb #ec727e31
+def peaks(heat, # (17,h,w) in [0,1]
           mask, # (h,w) bool: where to look, grown by one cell
          ): # (17,3): x, y in pixels and height of the peak
-    "The most likely place of each joint."
+    "The most likely place of each joint, between the cells by a parabola through the logarithms of the peak and its neighbours."
     y, x = np.nonzero(ndimage.binary_dilation(mask)) if mask.any() else np.nonzero(np.ones_like(mask)); v = heat[:, y, x]; k = v.argmax(1)
-    return np.stack([2*x[k]+1, 2*y[k]+1, v[np.arange(len(v)), k]], 1)
+    log = np.log(np.pad(heat, ((0, 0), (1, 1), (1, 1)), mode="edge") + 1e-6); j, y, x = np.arange(len(heat)), y[k], x[k]; mid = log[j, y+1, x+1]
+    def shift(a, b): d = 2*mid - a - b; return np.where(d > 1e-3, np.clip((b-a)/np.maximum(2*d, 1e-3), -.5, .5), 0)
+    return np.stack([2*(x + shift(log[j, y+1, x], log[j, y+1, x+2])) + 1, 2*(y + shift(log[j, y, x+1], log[j, y+2, x+1])) + 1, v[j, k]], 1)
 
-def pck(heat, world, at=.1): # (n,17,32,32); from `world_arrays`, same pictures; share of the box's longer side
-    "(K,) share of the labelled joints found, per person of at least 16 cells."
-    out = []
+def pck(heat,  # (n,17,32,32) from `tell`
+        world, # from `world_arrays`, same pictures
+        at=.1, # share of the box's longer side
+        guess=None, # (17,2) places of the joints in the box, shares of its sides: judged instead of `heat`
+       ): # (n,3), NaN where there is no person of at least 16 cells with a visible joint
+    "Share of each person's visible joints found, given the person's box."
+    out = np.full((len(world["labels"]), 3), np.nan)
     for i, (labels, kps) in enumerate(zip(world["labels"][:, 1::2, 1::2]//8, world["joints"])):
         for j, kp in enumerate(kps):
             m = labels == j+1; on = kp[:, 2] > 0
             if m.sum() < 16 or not on.any(): continue
-            ys, xs = np.nonzero(m); box = np.zeros_like(m); box[ys.min():ys.max()+1, xs.min():xs.max()+1] = True; p = peaks(heat[i], box)
-            out.append((np.hypot(*(p[:, :2]-kp[:, :2])[on].T) < at*2*max(np.ptp(ys)+1, np.ptp(xs)+1)).mean())
-    return np.array(out)
+            ys, xs = np.nonzero(m); corner, side = 2*np.array([xs.min(), ys.min()]), 2*np.array([np.ptp(xs)+1, np.ptp(ys)+1]); box = np.zeros_like(m); box[ys.min():ys.max()+1, xs.min():xs.max()+1] = True
+            found = peaks(heat[i], box)[:, :2] if guess is None else corner + guess*side
+            out[i, j] = (np.hypot(*(found-kp[:, :2])[on].T) < at*side.max()).mean()
+    return out
 
-# %% ../nbs/10b_critics.ipynb #7608b0f2
+# %% ../nbs/10b_critics.ipynb #ac22c12e
 _BONES = [(a, b, c, d, r) for a, b, c, d, r in (("{}_shoulder", "{}_elbow", "{}_elbow", "{}_wrist", .92), ("{}_hip", "{}_knee", "{}_knee", "{}_ankle", .48/.52))]
 _PAIRS = [tuple(JOINTS.index(j.format(s)) for j in b[:4]) + (b[4],) for b in _BONES for s in ("left", "right")] + \
          [tuple(JOINTS.index(f"{s}_{j}") for s in ("left", "right") for j in js) + (1.,) for js in (("shoulder", "elbow"), ("elbow", "wrist"), ("hip", "knee"), ("knee", "ankle"))]
 
 def limbs(points,    # (17,3) from `peaks`, or COCO joints
-          least=.3): # peak a joint needs to count
-    "(joints found, mean absolute log ratio of limb lengths to what they should be; NaN if no pair of limbs was found)."
+          least=.3,  # peak a joint needs to count
+          short=6.): # pixels; a limb shorter than this says nothing
+    "(joints found, mean absolute log ratio of limb lengths to what they should be; NaN if no pair of limbs can be measured)."
     ok, e = points[:, 2] >= least, []
     for a, b, c, d, ratio in _PAIRS:
-        if ok[[a, b, c, d]].all(): u, v = (np.hypot(*(points[p, :2]-points[q, :2])) for p, q in ((a, b), (c, d))); e.append(abs(math.log((v+1)/(u*ratio+1))))
+        if not ok[[a, b, c, d]].all(): continue
+        u, v = (np.hypot(*(points[p, :2]-points[q, :2])) for p, q in ((a, b), (c, d)))
+        if min(u, v) >= short: e.append(abs(math.log(v/(u*ratio))))
     return int(ok.sum()), float(np.mean(e)) if e else np.nan
 
 # %% ../nbs/10b_critics.ipynb #c71e3de3

@@ -62,43 +62,54 @@ def vae_loss(y, x, mean, logvar, face): # output and truth (B,3,H,W), posterior,
     edges = sum((w[..., :a.shape[-2], :a.shape[-1]]*(a-b).abs()).mean() for a, b in zip(_edges(y), _edges(x)))
     return pixels + edges + 3e-4*.5*(mean.square() + logvar.exp() - 1 - logvar).mean()
 
-# %% ../nbs/11_tiny_base.ipynb #ba38683b
+# %% ../nbs/11_tiny_base.ipynb #d5165708
 def train_vae(root,  # folder of the base; the checkpoint is written beside
               world, # from `world_arrays`
               steps, # optimiser steps
-              batch=24, seed=0): # of weights and order
+              batch=24, # pictures a step
+              seed=0,   # of weights and order
+              device="cpu", # to train on
+             ): # the average of the autoencoder
     "Train the autoencoder and save its average, with the latents' scale, to `root/vae`."
-    pics, face, fast = world["pictures"], world["face"], torch.channels_last; torch.manual_seed(seed); fit = Fit(build_vae().to(memory_format=fast), steps, f"{root}-vae.ckpt"); vae = fit.model
+    pics, face, fast = world["pictures"], world["face"], torch.channels_last; torch.manual_seed(seed)
+    fit = Fit(build_vae().to(device, memory_format=fast), steps, f"{root}-vae.ckpt", key=dict(seed=seed, batch=batch, pictures=len(pics))); vae = fit.model
     for i in progress(fit.left, "autoencoder"):
         rng = np.random.default_rng([seed, i]); g = torch.Generator().manual_seed(int(rng.integers(2**62)))
         k = rng.integers(0, len(pics), batch); x, w = to_pixels(pics[k]), torch.from_numpy(face[k]).float()[:, None]/255
         if rng.random() < .5: x, w = x.flip(-1), w.flip(-1)
-        with torch.autocast("cpu", torch.bfloat16):
-            d = vae.encode(x.contiguous(memory_format=fast)).latent_dist; y = vae.decode(d.mean + d.std*torch.randn(d.mean.shape, generator=g)).sample
+        x, w = x.to(device, memory_format=fast), w.to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            d = vae.encode(x).latent_dist; y = vae.decode(d.mean + d.std*torch.randn(d.mean.shape, generator=g).to(device)).sample
         fit.step(vae_loss(y.float(), x, d.mean.float(), d.logvar.float(), w))
-    with torch.no_grad(): z = torch.cat([fit.ema.encode(to_pixels(p)).latent_dist.mode() for p in np.array_split(pics[:2000], -(-min(len(pics), 2000)//100))])
+    with torch.no_grad(): z = torch.cat([fit.ema.encode(to_pixels(p).to(device)).latent_dist.mode() for p in np.array_split(pics[:2000], -(-min(len(pics), 2000)//100))])
     fit.ema.register_to_config(scaling_factor=round(float(1/z.std()), 4)); fit.ema.save_pretrained(Path(root)/"vae")
     return fit.ema
 
-# %% ../nbs/11_tiny_base.ipynb #2fc1b9f2
+# %% ../nbs/11_tiny_base.ipynb #b81817f1
 @torch.no_grad()
-def latent_bank(vae, pics): # (n,64,64,3) uint8
-    "(2,n,2,4,16,16) half: mean and deviation of every picture's latents, plain and flipped."
-    def enc(x): d = vae.encode(x).latent_dist; return torch.stack([d.mean, d.std], 1).half()
+def latent_bank(vae,  # `AutoencoderKL`
+                pics, # (n,64,64,3) uint8
+               ): # (2,n,2,4,16,16) half, on the CPU
+    "Mean and deviation of every picture's latents, plain and flipped."
+    def enc(x): d = vae.encode(x.to(vae.device)).latent_dist; return torch.stack([d.mean, d.std], 1).half().cpu()
     return torch.stack([torch.cat([enc(to_pixels(p).flip(-1) if f else to_pixels(p)) for p in np.array_split(pics, -(-len(pics)//100))]) for f in (0, 1)])
 
 def train_ldm(root,  # folder of the base, with its `vae`; the checkpoint is written beside
               world, # from `world_arrays`
               steps, # optimiser steps
-              batch=32, seed=1, # of weights and order
+              batch=32, # pictures a step
+              seed=1,   # of weights and order
+              device="cpu", # to train on
               look=None, # function of (step, average of the model, tokenizer), called every 200 steps: samples over training
              ): # the average of text encoder and UNet
     "Train text encoder and UNet on the latents and save them, with tokenizer and scheduler, to `root`."
     root, pics, caps, fast = Path(root), world["pictures"], world["captions"], torch.channels_last; n = len(pics)
-    vae = AutoencoderKL.from_pretrained(root/"vae").eval().requires_grad_(False); bank, scale = latent_bank(vae, pics), vae.config.scaling_factor
     tok, sched = build_tokenizer([str(s) for s in caps[:3000].ravel()]), build_scheduler(); torch.manual_seed(seed)
-    model = nn.ModuleDict(dict(text=build_text_encoder(tok), unet=build_unet().to(memory_format=fast)))
-    fit = Fit(model, steps, f"{root}-ldm.ckpt", plain=("embeddings", "conv_in", "conv_out"))
+    model = nn.ModuleDict(dict(text=build_text_encoder(tok), unet=build_unet().to(memory_format=fast))).to(device)
+    vae_sha = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((root/"vae").glob("*.safetensors")))).hexdigest()
+    fit = Fit(model, steps, f"{root}-ldm.ckpt", plain=("embeddings", "conv_in", "conv_out"), key=dict(seed=seed, batch=batch, pictures=n, vae=vae_sha))
+    if not fit.left and (root/"scheduler").exists(): return fit.ema
+    vae = AutoencoderKL.from_pretrained(root/"vae").eval().requires_grad_(False).to(device); bank, scale = latent_bank(vae, pics), vae.config.scaling_factor
     ids = torch.tensor(tok([str(s) for s in caps.ravel()], padding="max_length", max_length=77, truncation=True).input_ids).view(n, 5, 77)
     empty = torch.tensor(tok("", padding="max_length", max_length=77).input_ids)
     for i in progress(fit.left, "diffusion"):
@@ -106,9 +117,9 @@ def train_ldm(root,  # folder of the base, with its `vae`; the checkpoint is wri
         k, flip = torch.from_numpy(rng.integers(0, n, batch)), torch.from_numpy(rng.integers(0, 2, batch)); d = bank[flip, k].float()
         z = (d[:, 0] + d[:, 1]*torch.randn(d[:, 0].shape, generator=g))*scale; eps, t = torch.randn(z.shape, generator=g), torch.randint(0, 1000, (batch,), generator=g)
         words = ids[k, torch.from_numpy(rng.choice(5, batch, p=(.5, .15, .15, .1, .1)))]; words = torch.where(torch.from_numpy(rng.random(batch) < .1)[:, None], empty, words)
-        x_t = sched.add_noise(z, eps, t).contiguous(memory_format=fast)
-        with torch.autocast("cpu", torch.bfloat16): out = model["unet"](x_t, t, model["text"](words).last_hidden_state).sample
-        fit.step(F.mse_loss(out.float(), eps))
+        x_t = sched.add_noise(z, eps, t).to(device, memory_format=fast)
+        with torch.autocast(torch.device(device).type, torch.bfloat16): out = model["unet"](x_t, t.to(device), model["text"](words.to(device)).last_hidden_state).sample
+        fit.step(F.mse_loss(out.float(), eps.to(device)))
         if look and fit.i % 200 == 0: look(fit.i, fit.ema, tok)
     for name, part in dict(text_encoder=fit.ema["text"], unet=fit.ema["unet"], tokenizer=tok, scheduler=sched).items(): part.save_pretrained(root/name)
     return fit.ema
