@@ -5,13 +5,15 @@ import nbformat, pytest
 from conftest import NOTEBOOKS, ROOT
 from readme import readme
 
+PAPERMILL = ["05_train", "06_evaluate", "11_tiny_base", "experiments/base_quality"]   # notebooks with parameters
+
 def cells(path): return nbformat.read(path, 4).cells
 
-@pytest.mark.parametrize("name", ["05_train", "06_evaluate", "11_tiny_base"])
+@pytest.mark.parametrize("name", PAPERMILL)
 def test_one_parameters_cell(name):
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells(ROOT/"nbs"/f"{name}.ipynb")) == 1
 
-@pytest.mark.parametrize("name", ["05_train", "06_evaluate", "11_tiny_base"])
+@pytest.mark.parametrize("name", PAPERMILL)
 def test_papermill_needs_no_nbdev(name):
     "papermill runs every cell, also those that nbdev hides; a plain `pip install -e .` has no nbdev."
     assert not any("nbdev" in c.source.replace("nbdev_test", "") for c in cells(ROOT/"nbs"/f"{name}.ipynb") if c.cell_type == "code")
