@@ -54,7 +54,8 @@ def _record(seed, identities, people, id):
     s = sample_scene(seed, id, identities)
     if not people: s = replace(s, people=(), identities=())
     d = render(s, 64); k = d.labels.shape[0]//64
-    attributes, joints, faces, who = np.full((3, len(GROUPS)), -1, np.int8), np.zeros((3, 17, 3), np.float32), np.full((3, 4), np.nan, np.float32), np.full(3, -1, np.int32)
+    attributes, joints, faces, who, order = np.full((3, len(GROUPS)), -1, np.int8), np.zeros((3, 17, 3), np.float32), np.full((3, 4), np.nan, np.float32), np.full(3, -1, np.int32), np.full(3, -1, np.int8)
+    order[:len(s.people)] = np.argsort([p.x for p in s.people], kind="stable")
     for i, p in enumerate(s.people):
         seen = visible(s, p); who[i] = s.identities[i]
         attributes[i] = [v.index(seen[g]) if g in seen else -1 for g, v in GROUPS.items()]
@@ -63,7 +64,7 @@ def _record(seed, identities, people, id):
         if a["face_valid"]: faces[a["id"]] = x, y, x+w, y+h
     scene = [SCENE["place"].index(s.place), SCENE["light"].index(s.light), len(s.people)]
     face = ((d.labels % 8 == PARTS.index("face")) & (d.labels >= 8)).reshape(64, k, 64, k).mean((1, 3))
-    return dict(pictures=np.asarray(d.image), labels=d.labels[k//2::k, k//2::k].copy(), face=(face*255).astype(np.uint8), attributes=attributes, scene=np.int8(scene), joints=joints, faces=faces, identities=who,
+    return dict(pictures=np.asarray(d.image), labels=d.labels[k//2::k, k//2::k].copy(), face=(face*255).astype(np.uint8), attributes=attributes, scene=np.int8(scene), joints=joints, faces=faces, identities=who, order=order,
                 captions=np.array(captions(s) if people else [""]*5))
 
 def world_arrays(ids,           # picture ids
@@ -71,7 +72,7 @@ def world_arrays(ids,           # picture ids
                  seed=0,        # of the world
                  people=True,   # or the same places, empty
                  workers=0,     # processes
-                ): # dict of arrays: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`, face (n,64,64) share of face x 255, attributes (n,3,13), scene (n,3), joints (n,3,17,3) and faces (n,3,4) in pixels, identities (n,3), captions (n,5)
+                ): # dict of arrays: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`, face (n,64,64) share of face x 255, attributes (n,3,13), scene (n,3), joints (n,3,17,3) and faces (n,3,4) in pixels, identities (n,3), order (n,3) of the people from left to right, captions (n,5)
     "Pictures of the built-in world and all that is true of them; -1 or NaN where there is nobody or nothing to see."
     f = partial(_record, seed, identities, people)
     if workers:
