@@ -7,7 +7,7 @@ __all__ = ['BANDS', 'run_folder', 'load_data', 'keyed_noise', 'load_networks', '
            'plot_history', 'plot_verdict', 'RunResult', 'train', 'main']
 
 # %% ../nbs/05_train.ipynb #0a2169d4
-import argparse, contextlib, hashlib, json, math, os, platform, subprocess, sys, typing
+import argparse, contextlib, hashlib, json, math, os, platform, signal, subprocess, sys, typing
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Stopped, latest_checkpoint, load_checkpoint, save_checkpoint, stop_requests
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
 from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_network
 from .face_loss import FaceLoss
@@ -270,23 +270,46 @@ def go_on(self:Trainer):
 
 # %% ../nbs/05_train.ipynb #5f780c50
 @patch
+def _log(self:Trainer, log, rows, bar): # open metrics.jsonl, `step`'s results since the last line, progress bar
+    "One line of metrics.jsonl, and the same for the tracker."
+    row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, **summarise(rows)); self.history.append(row)
+    if self.acc.is_main_process: log.write(json.dumps(row)+"\n"); log.flush(); bar.set_postfix(loss=row["loss"])
+    self.acc.log({**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr") if row[k] is not None},
+                  **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"}}, step=self.step_done)
+
+@patch
+def _stop_if(self:Trainer, asked): # from `stop_requests`
+    "If any process was asked to stop: save, then raise `Stopped` in all of them."
+    anybody = len(asked) if self.acc.num_processes == 1 else int(self.acc.reduce(torch.tensor([len(asked)], device=self.acc.device)))
+    if not anybody or self.step_done == self.config.max_steps: return
+    if self.acc.is_main_process: self.checkpoint()
+    self.acc.wait_for_everyone(); signum = asked[0] if asked else signal.SIGTERM
+    raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.step_done} of {self.config.max_steps}; the state is saved in {self.path/'checkpoints'}: go on with out_dir={self.path} and resume=latest")
+
+def _next(loader):
+    "The next batch. Raises RuntimeError that says what to do if a data worker died."
+    try: return next(loader)
+    except RuntimeError as e:
+        if "worker" not in str(e): raise
+        raise RuntimeError(f"a data worker died ({str(e).splitlines()[0]}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest") from None
+
+@patch
 def loop(self:Trainer, log, # open metrics.jsonl
          grids):            # paths, appended to
-    "Steps until `max_steps`, with log lines, grids and checkpoints on the way."
+    "Steps until `max_steps`, with log lines, grids and checkpoints on the way. Raises `Stopped` after SIGTERM or SIGINT, once the state is saved."
     c, rank, world = self.config, self.acc.process_index, self.acc.num_processes; per = c.batch_size//c.gradient_accumulation_steps
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
     parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
     loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers))
-    for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
-        done = self.step([(part, self._empty(next(loader))) for part in parts]); recent += done or []
-        if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)):
-            row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, **summarise(rows)); recent = []; self.history.append(row)
-            if self.acc.is_main_process: log.write(json.dumps(row)+"\n"); log.flush(); bar.set_postfix(loss=row["loss"])
-            self.acc.log({**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr") if row[k] is not None}, **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"}}, step=self.step_done)
-        if self.acc.is_main_process and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
-            grids.append(self.grid()); last = self.history[-1] if self.history else {}
-            self.acc.print(f"step {self.step_done}: " + ", ".join(f"{k} {last[k]:.4f}" for k in ("ldm", "lpips", "face") if last.get(k) is not None))
-        if (self.step_done % c.checkpointing_steps == 0 or self.step_done == c.max_steps) and self.acc.is_main_process: self.checkpoint()
+    with stop_requests() as asked:
+        for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
+            done = self.step([(part, self._empty(_next(loader))) for part in parts]); recent += done or []
+            if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)): self._log(log, rows, bar); recent = []
+            if self.acc.is_main_process and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
+                grids.append(self.grid()); last = self.history[-1] if self.history else {}
+                self.acc.print(f"step {self.step_done}: " + ", ".join(f"{k} {last[k]:.4f}" for k in ("ldm", "lpips", "face") if last.get(k) is not None))
+            if (self.step_done % c.checkpointing_steps == 0 or self.step_done == c.max_steps) and self.acc.is_main_process: self.checkpoint()
+            self._stop_if(asked)
 
 @patch
 def begin(self:Trainer):
@@ -370,6 +393,7 @@ def main(argv=None): # command line; None: sys.argv
         kind = (typing.get_args(kinds[f.name]) or (kinds[f.name],))[0]
         ap.add_argument(f"--{f.name}", type={int: _number, float: _number, bool: _truth}.get(kind, str), help=f.metadata["help"], choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper(), **(dict(action="append") if kind is list else {}))
     try: result = train(TrainConfig.make(**vars(ap.parse_args(argv))))
+    except Stopped as e: print(f"masked-ldm-train: {e}", file=sys.stderr); raise SystemExit(e.code)
     except Exception as e:
         if told(e): raise SystemExit(f"masked-ldm-train: {e}")
         raise

@@ -1,5 +1,5 @@
 "The run as users start it: papermill, the command line, Python."
-import json, sys
+import json, os, signal, subprocess, sys, time
 import pytest, torch
 from safetensors.torch import load_file
 from conftest import papermill, run
@@ -97,3 +97,43 @@ def test_missing_weights_are_listed_at_once(tmp_path, world):
                      https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
     last = text.strip().splitlines()[-1]
     assert code and all(s in last for s in ("5 network(s) of this run cannot be loaded", "stable-diffusion-v1-5", "vgg16-397923af.pth", "vggface2", "alexnet", "casia-webface")), text
+
+def start(*flags):
+    "A run in a process of its own."
+    return subprocess.Popen([sys.executable, "-m", "masked_ldm.train", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def flags(given): return [x for k, v in given.items() for x in (f"--{k}", v)]
+
+def steps_done(folder):
+    log = folder/"metrics.jsonl"; return log.read_text().count("\n") if log.is_file() else 0
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(.02)
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run of ten steps that nobody disturbs: (its settings, its weights)."
+    from masked_ldm.train import TrainConfig, train
+    tmp = tmp_path_factory.mktemp("whole")
+    given = dict(cache_dir=str(tmp/"cache"), world_pictures=48, val_pictures=0, max_steps=10, batch_size=4, sample_interval=100, sample_steps=1, checkpointing_steps=2, log_steps=1, report_to="none")
+    return given, weights(train(TrainConfig.make(**given, out_dir=str(tmp/"run"))).path)
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(signum, whole, tmp_path):
+    "The state is saved, the exit status is the shell's, and going on ends where an undisturbed run ends."
+    given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
+    p.send_signal(signum); text = p.communicate(timeout=120)[0]; assert p.returncode == 128 + signum, text
+    last = text.strip().splitlines()[-1]; assert "Traceback" not in text and f"stopped by {signum.name} after step" in last and "resume=latest" in last, text
+    p = start(*flags({**given, "resume": "latest"})); text = p.communicate(timeout=120)[0]; assert p.returncode == 0 and "going on from step_" in text, text
+    got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
+
+def test_interrupted_papermill_can_go_on(whole, tmp_path):
+    given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100}
+    p = subprocess.Popen([sys.executable, "-m", "papermill", "nbs/05_train.ipynb", tmp_path/"o.ipynb", "--no-progress-bar", *(x for k, v in given.items() for x in ("-p", k, str(v)))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: steps_done(tmp_path/"run") >= 2); p.send_signal(signal.SIGINT); text = p.communicate(timeout=120)[0]; assert p.returncode, text
+    assert list((tmp_path/"run"/"checkpoints").glob("step_*")), text
+    code, text = papermill(tmp_path/"o2.ipynb", *given.items(), ("resume", "latest")); assert code == 0, text
+    got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
