@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HEAD', 'SCENE', 'visible', 'captioned', 'world_arrays', 'to_pixels', 'TapNet', 'random_tapnet', 'Critic',
            'lesson', 'critic_loss', 'equal_weights', 'train_critic', 'FaceNet', 'face_rows', 'train_face',
-           'embed_faces', 'verification', 'tell', 'hits', 'peaks', 'pck', 'limbs', 'frechet']
+           'embed_faces', 'verification', 'tell', 'hits', 'peaks', 'pck', 'limbs']
 
 # %% ../nbs/10b_critics.ipynb #69d3ec3d
 import math
@@ -314,18 +314,13 @@ _PAIRS = [tuple(JOINTS.index(j.format(s)) for j in b[:4]) + (b[4],) for b in _BO
 
 def limbs(points,    # (17,3) from `peaks`, or COCO joints
           least=.3,  # peak a joint needs to count
-          short=6.): # pixels; a limb shorter than this says nothing
+          short=6.,  # pixels; a limb shorter than this says nothing
+          ratios=None): # forearm to upper arm, shin to thigh; None: this world's
     "(joints found, mean absolute log ratio of limb lengths to what they should be; NaN if no pair of limbs can be measured)."
     ok, e = points[:, 2] >= least, []
-    for a, b, c, d, ratio in _PAIRS:
+    for k, (a, b, c, d, ratio) in enumerate(_PAIRS):
+        if ratios and k < 4: ratio = ratios[k//2]
         if not ok[[a, b, c, d]].all(): continue
         u, v = (np.hypot(*(points[p, :2]-points[q, :2])) for p, q in ((a, b), (c, d)))
         if min(u, v) >= short: e.append(abs(math.log(v/(u*ratio))))
     return int(ok.sum()), float(np.mean(e)) if e else np.nan
-
-# %% ../nbs/10b_critics.ipynb #c71e3de3
-def frechet(a, b): # (N,D) and (M,D) features
-    "Fréchet distance of two sets of features, each taken for a normal distribution."
-    a, b = (np.asarray(v, np.float64) for v in (a, b)); ca, cb = np.cov(a.T), np.cov(b.T)
-    w, V = np.linalg.eigh(ca); root = (V*np.sqrt(np.clip(w, 0, None))) @ V.T
-    return float(((a.mean(0)-b.mean(0))**2).sum() + np.trace(ca) + np.trace(cb) - 2*np.sqrt(np.clip(np.linalg.eigvalsh(root @ cb @ root), 0, None)).sum())
