@@ -98,7 +98,7 @@ def maps(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
     with torch.no_grad(): ft = list(self.net(target))
     return [self._apart(l, p, t, len(ft))[:, None] for l, (p, t) in enumerate(zip(self.net(pred), ft))]
 
-# %% ../nbs/03_masked_lpips.ipynb #2906d45d
+# %% ../nbs/03_masked_lpips.ipynb #e7de2aa6
 def split_mask(mask,    # (K,1,H,W)
                cell=16, # pixels: parts nearer than this stay together
               ): # (pieces (P,1,H,W) whose sum is the mask, (P,) which mask each is of)
@@ -111,7 +111,7 @@ def split_mask(mask,    # (K,1,H,W)
             pieces.append(mask[k]*part); owner.append(k)
     return torch.stack(pieces) if pieces else mask[:0], torch.tensor(owner, dtype=torch.long, device=mask.device)
 
-# %% ../nbs/03_masked_lpips.ipynb #bca23467
+# %% ../nbs/03_masked_lpips.ipynb #b62a6438
 @patch
 def weights(self:MaskedLPIPS, mask, # (K,1,H,W)
             index,                  # (K,) image of each mask
@@ -125,7 +125,7 @@ def weights(self:MaskedLPIPS, mask, # (K,1,H,W)
         out.append(w/(whole.clamp(min=1e-12)[owner]*people[index[owner]])[:, None, None])
     return out
 
-# %% ../nbs/03_masked_lpips.ipynb #91427153
+# %% ../nbs/03_masked_lpips.ipynb #ae2948da
 @patch
 def reach(self:MaskedLPIPS, size): # (H, W) of the pictures
     "(per stage, per tap `Reach`; sizes of all maps; does cutting pay?), remembered."
@@ -141,7 +141,7 @@ def _spans(on): # (P,n) bool
     "(first, last+1) of each row's true values, or None."
     return [(int(v[0]), int(v[-1])+1) if len(v) else None for v in (r.nonzero()[0] for r in on.cpu().numpy())]
 
-# %% ../nbs/03_masked_lpips.ipynb #8af983a6
+# %% ../nbs/03_masked_lpips.ipynb #9743db0c
 class _Job:
     "Cells of one image that are run together: their weights, and the windows they need."
     def __init__(self, image, weights, wanted, reach, size):
@@ -165,7 +165,7 @@ def _merge(jobs):
         jobs = [v for k, v in enumerate(jobs) if k not in best[1:3]] + [best[3]]
     return jobs
 
-# %% ../nbs/03_masked_lpips.ipynb #f634fdb5
+# %% ../nbs/03_masked_lpips.ipynb #8f21a417
 @patch
 def jobs(self:MaskedLPIPS, mask, index, n): # (K,1,H,W); (K,) image of each; number of images
     "{windows: [(image, weights of each tap)]}: what has to be run, and what for. Windows are None for a network that may look everywhere."
@@ -183,7 +183,7 @@ def jobs(self:MaskedLPIPS, mask, index, n): # (K,1,H,W); (K,) image of each; num
         for j in own: out.setdefault(j.key, []).append((i, j.weights))
     return out
 
-# %% ../nbs/03_masked_lpips.ipynb #768d2f4e
+# %% ../nbs/03_masked_lpips.ipynb #7d054347
 @patch
 def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
     "(n,) weighted sums for pictures cut to the first window; the two sides go through the network abreast, so that only one stage of the target is ever held."
@@ -196,7 +196,7 @@ def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
         total = total + torch.zeros(len(pred), device=w.device, dtype=w.dtype).index_add(0, k//(h*ww), (w[k]*self._apart(l, pick(fp), pick(ft), len(weights))).to(w.dtype))
     return total
 
-# %% ../nbs/03_masked_lpips.ipynb #136da880
+# %% ../nbs/03_masked_lpips.ipynb #3a04226c
 class _AsItGoes(torch.autograd.Function):
     "Values of a function of pictures, and on the way their gradient."
     @staticmethod
@@ -212,7 +212,7 @@ class _AsItGoes(torch.autograd.Function):
 
 def _added(out, v, images, pred): return (torch.zeros(len(pred), device=v.device, dtype=v.dtype) if out is None else out).index_add(0, images, v)
 
-# %% ../nbs/03_masked_lpips.ipynb #1995dbb5
+# %% ../nbs/03_masked_lpips.ipynb #c85553b5
 @patch
 def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
             target,                 # (B,3,H,W) RGB in [-1,1]; no gradient goes here
@@ -236,7 +236,7 @@ def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
     for images, (rows, cols), f in work(): out = _added(out, f(pred[images][..., rows, cols]), images, pred)
     return pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)) if out is None else out
 
-# %% ../nbs/03_masked_lpips.ipynb #21049841
+# %% ../nbs/03_masked_lpips.ipynb #60cf8e3b
 def region_mask(mask,         # (B,1,H,W) people, in [0,1]
                 boxes=None,   # (M,5) faces: rows of (image number, x0, y0, x1, y1)
                 joints=None,  # (K,17,3) COCO joints (x, y, visibility) of each person
