@@ -98,7 +98,7 @@ def maps(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
     with torch.no_grad(): ft = list(self.net(target))
     return [self._apart(l, p, t, len(ft))[:, None] for l, (p, t) in enumerate(zip(self.net(pred), ft))]
 
-# %% ../nbs/03_masked_lpips.ipynb #e7de2aa6
+# %% ../nbs/03_masked_lpips.ipynb #135a57a9
 def split_mask(mask,    # (K,1,H,W)
                cell=16, # pixels: parts nearer than this stay together
               ): # (pieces (P,1,H,W) whose sum is the mask, (P,) which mask each is of)
@@ -111,7 +111,7 @@ def split_mask(mask,    # (K,1,H,W)
             pieces.append(mask[k]*part); owner.append(k)
     return torch.stack(pieces) if pieces else mask[:0], torch.tensor(owner, dtype=torch.long, device=mask.device)
 
-# %% ../nbs/03_masked_lpips.ipynb #b62a6438
+# %% ../nbs/03_masked_lpips.ipynb #11a763c5
 @patch
 def weights(self:MaskedLPIPS, mask, # (K,1,H,W)
             index,                  # (K,) image of each mask
@@ -125,13 +125,13 @@ def weights(self:MaskedLPIPS, mask, # (K,1,H,W)
         out.append(w/(whole.clamp(min=1e-12)[owner]*people[index[owner]])[:, None, None])
     return out
 
-# %% ../nbs/03_masked_lpips.ipynb #ae2948da
+# %% ../nbs/03_masked_lpips.ipynb #704a3480
 @patch
 def reach(self:MaskedLPIPS, size): # (H, W) of the pictures
     "(per stage, per tap `Reach`; sizes of all maps; does cutting pay?), remembered."
     if size not in self._reaches:
-        p = next(self.net.parameters(), torch.zeros(())); rs = reaches(self.stages, size, p.dtype) if self.crop else None
-        if rs: sizes, far = [r.size for s in rs for r in s], max(r.hi - r.lo for r in reaches(lambda x: self.net(x), size, p.dtype))
+        p = next(self.net.parameters(), torch.zeros(())); rs = reaches(self.stages, size, p.dtype, p.device) if self.crop else None
+        if rs: sizes, far = [r.size for s in rs for r in s], max(r.hi - r.lo for r in reaches(lambda x: self.net(x), size, p.dtype, p.device))
         else:
             with torch.no_grad(): sizes, far = [tuple(t.shape[-2:]) for t in self.net(torch.zeros(1, 3, *size, dtype=p.dtype, device=p.device))], max(size)
         self._reaches[size] = rs, sizes, far < min(size)
@@ -141,7 +141,7 @@ def _spans(on): # (P,n) bool
     "(first, last+1) of each row's true values, or None."
     return [(int(v[0]), int(v[-1])+1) if len(v) else None for v in (r.nonzero()[0] for r in on.cpu().numpy())]
 
-# %% ../nbs/03_masked_lpips.ipynb #9743db0c
+# %% ../nbs/03_masked_lpips.ipynb #0eaeab8b
 class _Job:
     "Cells of one image that are run together: their weights, and the windows they need."
     def __init__(self, image, weights, wanted, reach, size):
@@ -165,7 +165,7 @@ def _merge(jobs):
         jobs = [v for k, v in enumerate(jobs) if k not in best[1:3]] + [best[3]]
     return jobs
 
-# %% ../nbs/03_masked_lpips.ipynb #8f21a417
+# %% ../nbs/03_masked_lpips.ipynb #9409cdbf
 @patch
 def jobs(self:MaskedLPIPS, mask, index, n): # (K,1,H,W); (K,) image of each; number of images
     "{windows: [(image, weights of each tap)]}: what has to be run, and what for. Windows are None for a network that may look everywhere."
@@ -183,7 +183,7 @@ def jobs(self:MaskedLPIPS, mask, index, n): # (K,1,H,W); (K,) image of each; num
         for j in own: out.setdefault(j.key, []).append((i, j.weights))
     return out
 
-# %% ../nbs/03_masked_lpips.ipynb #7d054347
+# %% ../nbs/03_masked_lpips.ipynb #ac41395f
 @patch
 def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
     "(n,) weighted sums for pictures cut to the first window; the two sides go through the network abreast, so that only one stage of the target is ever held."
@@ -196,7 +196,7 @@ def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
         total = total + torch.zeros(len(pred), device=w.device, dtype=w.dtype).index_add(0, k//(h*ww), (w[k]*self._apart(l, pick(fp), pick(ft), len(weights))).to(w.dtype))
     return total
 
-# %% ../nbs/03_masked_lpips.ipynb #3a04226c
+# %% ../nbs/03_masked_lpips.ipynb #68c4b1e1
 class _AsItGoes(torch.autograd.Function):
     "Values of a function of pictures, and on the way their gradient."
     @staticmethod
@@ -212,7 +212,7 @@ class _AsItGoes(torch.autograd.Function):
 
 def _added(out, v, images, pred): return (torch.zeros(len(pred), device=v.device, dtype=v.dtype) if out is None else out).index_add(0, images, v)
 
-# %% ../nbs/03_masked_lpips.ipynb #c85553b5
+# %% ../nbs/03_masked_lpips.ipynb #b9f0ce6c
 @patch
 def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
             target,                 # (B,3,H,W) RGB in [-1,1]; no gradient goes here
@@ -236,7 +236,7 @@ def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
     for images, (rows, cols), f in work(): out = _added(out, f(pred[images][..., rows, cols]), images, pred)
     return pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)) if out is None else out
 
-# %% ../nbs/03_masked_lpips.ipynb #60cf8e3b
+# %% ../nbs/03_masked_lpips.ipynb #f4a684f8
 def region_mask(mask,         # (B,1,H,W) people, in [0,1]
                 boxes=None,   # (M,5) faces: rows of (image number, x0, y0, x1, y1)
                 joints=None,  # (K,17,3) COCO joints (x, y, visibility) of each person
