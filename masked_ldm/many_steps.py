@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['steps_down', 'ddim_step', 'predict_x0_steps']
 
-# %% ../nbs/02b_many_steps.ipynb #65bbbab5
+# %% ../nbs/02b_many_steps.ipynb #514ab4ac
 import torch
 from torch.utils.checkpoint import checkpoint
 from .one_step import predict_x0
 
-# %% ../nbs/02b_many_steps.ipynb #bef5e15f
+# %% ../nbs/02b_many_steps.ipynb #e61220b0
 def steps_down(t, # (B,) timesteps
                k, # number of steps
               ): # (k,B) long: the levels at which the model is asked, from t down, equally far apart
@@ -28,7 +28,7 @@ def ddim_step(model_output, # (B, ...) at (x_t, t)
     at, ats = abar[t].view(shape), abar[s].view(shape); eps = (x_t.to(x0) - at.sqrt()*x0)/(1-at).sqrt()
     return ats.sqrt()*x0 + (1-ats).sqrt()*eps, x0
 
-# %% ../nbs/02b_many_steps.ipynb #4bec2f5e
+# %% ../nbs/02b_many_steps.ipynb #ab037000
 def predict_x0_steps(model,     # (x (B,...), t (B,)) -> model output; texts and branch closed over
                      x_t,       # (B, ...) noisy latents
                      t,         # (B,) timesteps

@@ -67,11 +67,12 @@ class _Trace(TorchDispatchMode):
 def reaches(stages, # a network, (B,C,H,W) -> its taps (a tensor or a list), or a list of stages, each fed with the one before's last tap
             size,   # (H, W) of the picture
             dtype=torch.float32, # of the weights
+           device="cpu", # where they are
            ): # list of `Reach`, one a tap, or for stages a list of such lists, in cells of the stage's own input; None if some cell may depend on everything
     "What each tap of a network looks at. Costs no computation: the network runs on tensors without content."
     out, listed = [], isinstance(stages, list)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = torch.empty(1, 3, *size, dtype=dtype)
+        x = torch.empty(1, 3, *size, dtype=dtype, device=device)
         try:
             for stage in stages if listed else [stages]:
                 with _Trace(x) as trace: taps = _listed(stage(x))
