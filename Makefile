@@ -6,7 +6,7 @@ BIN := .venv/bin
 setup: .venv/installed
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fid,study]'
 	@touch $@
 
 train: setup

@@ -6,7 +6,7 @@
 __all__ = ['BETTER', 'EXPECT', 'Seen', 'WorldReader', 'PhotoReader', 'people_in_caption', 'sharpness', 'measures', 'identity',
            'diversity', 'clip_score', 'cut', 'damage', 'all_measures']
 
-# %% ../nbs/06b_people_metrics.ipynb #3e3556b8
+# %% ../nbs/06b_people_metrics.ipynb #13e14766
 from dataclasses import dataclass
 from pathlib import Path
 import re
@@ -18,7 +18,7 @@ from .critics import hits, limbs, peaks, tell
 from .distances import as_uint8, clean_resize
 from .face_loss import crop_faces, detect_faces
 
-# %% ../nbs/06b_people_metrics.ipynb #913528c0
+# %% ../nbs/06b_people_metrics.ipynb #a87f8231
 @dataclass
 class Seen:
     "What a reader saw in N pictures; boxes and joints in pixels."
@@ -37,7 +37,7 @@ def _boxes(on,     # (h,w) bool
     parts = sorted((p for p in parts if p.sum() >= least), key=lambda p: -p.sum())
     return [(np.array([xs.min(), ys.min(), xs.max()+1, ys.max()+1], np.float32)*scale, p) for p in parts for ys, xs in [np.nonzero(p)]]
 
-# %% ../nbs/06b_people_metrics.ipynb #b0ec5c08
+# %% ../nbs/06b_people_metrics.ipynb #c7a2707a
 class WorldReader:
     "Reads pictures of the built-in world with its judge."
     name, limb_pairs, face_least = "critic", None, 4
@@ -55,7 +55,7 @@ class WorldReader:
         return Seen([np.array([b for b, _ in v]).reshape(-1, 4) for v in faces], [np.array([f[p].mean() for _, p in v]) for f, v in zip(face, faces)], [np.array([b for b, _ in v]).reshape(-1, 4) for v in bodies],
                     [np.array([peaks(h, p) for _, p in v]).reshape(-1, 17, 3) for h, v in zip(told["heat"], bodies)], np.asarray(told["says"]["people"]), told)
 
-# %% ../nbs/06b_people_metrics.ipynb #0dd05aa4
+# %% ../nbs/06b_people_metrics.ipynb #4058d00e
 class PhotoReader:
     "Reads photographs: faces by MTCNN, people and joints by ViTPose or Keypoint R-CNN."
     name, face_least = "mtcnn", 20
@@ -74,7 +74,7 @@ class PhotoReader:
             self.to_pose, self.to_detector = (AutoImageProcessor.from_pretrained(p) for p in (pose, detector))
         except (OSError, ValueError) as e: raise FileNotFoundError(f"the pose reader needs {pose if pose == 'keypointrcnn' else f'{pose} and {detector}'}, which could not be loaded or downloaded ({type(e).__name__}): fetch them once with internet, or pass local folders") from None
 
-# %% ../nbs/06b_people_metrics.ipynb #e22ae12a
+# %% ../nbs/06b_people_metrics.ipynb #fcc6d536
 @patch
 @torch.no_grad()
 def _vitpose(self:PhotoReader, im): # PIL
@@ -101,7 +101,7 @@ def __call__(self:PhotoReader, pictures): # list of PIL images, or what `as_uint
     for b, j in map(self._rcnn if self.rcnn else self._vitpose, [im.convert("RGB") for im in ims]): k = np.argsort(-np.prod(b[:, 2:]-b[:, :2], 1)); bodies.append((b[k], j[k]))
     return Seen([b.numpy() for b, _ in f], [s.numpy() for _, s in f], [b for b, _ in bodies], [j for _, j in bodies], np.array([len(b) for b, _ in bodies]))
 
-# %% ../nbs/06b_people_metrics.ipynb #2f7c1134
+# %% ../nbs/06b_people_metrics.ipynb #99d72e9f
 _ONE = "man woman boy girl baby person child kid lady guy player surfer skier".split()
 _NUMBER = dict(a=1, an=1, one=1, the=1, two=2, three=3, four=4, five=5)
 _MANY = dict(men="man", women="woman", people="person", children="child", ladies="lady", babies="baby")
@@ -118,7 +118,7 @@ def people_in_caption(text): # a prompt
             number = None
     return total or None
 
-# %% ../nbs/06b_people_metrics.ipynb #8bdc709b
+# %% ../nbs/06b_people_metrics.ipynb #e673a202
 BETTER = dict(faces=1, face_confidence=1, count_error=-1, joints=1, joint_confidence=1, limb_error=-1, sharpness=0, attributes=1, mood=1, clip_score=1, identity=1, diversity=0)  # 0: towards real pictures
 
 def sharpness(pictures, # what `as_uint8` takes
@@ -131,7 +131,7 @@ def sharpness(pictures, # what `as_uint8` takes
         if cut: out[i] = np.mean([np.sqrt(np.mean(c**2)) for c in cut])
     return out
 
-# %% ../nbs/06b_people_metrics.ipynb #169c7e31
+# %% ../nbs/06b_people_metrics.ipynb #3dd49e67
 def measures(seen,      # `Seen`
              pictures,  # that it was seen in
              want,      # (N,) people asked for; None or NaN where unknown
@@ -152,7 +152,7 @@ def measures(seen,      # `Seen`
         out |= dict(attributes=np.where(np.isfinite(said).any(1), np.nansum(said, 1)/np.isfinite(said).sum(1).clip(1), np.nan), mood=h["mood"])
     return out
 
-# %% ../nbs/06b_people_metrics.ipynb #20341d36
+# %% ../nbs/06b_people_metrics.ipynb #a342220d
 @torch.no_grad()
 def identity(net,      # face network with `embed`, not one that trained; `InceptionResnetV1` is called directly
              pictures, # (N,3,H,W) as `as_uint8` takes them
@@ -164,12 +164,12 @@ def identity(net,      # face network with `embed`, not one that trained; `Incep
     a, b = (embed(crop_faces(as_uint8(v).float()/127.5 - 1, rows, size)) for v in (pictures, truth))
     return torch.nn.functional.cosine_similarity(a.float(), b.float()).numpy()
 
-# %% ../nbs/06b_people_metrics.ipynb #4cd8bcdf
+# %% ../nbs/06b_people_metrics.ipynb #c04d9d60
 def diversity(features): # (N,D) of one model's pictures
     "(N,) mean distance to the other pictures, per root dimension."
     f = torch.as_tensor(np.asarray(features)).double(); return (torch.cdist(f, f).sum(1)/max(1, len(f)-1)/f.shape[1]**.5).numpy()
 
-# %% ../nbs/06b_people_metrics.ipynb #ae3a2688
+# %% ../nbs/06b_people_metrics.ipynb #5d0afafe
 @torch.no_grad()
 def clip_score(pictures, # list of PIL images, or what `as_uint8` takes
                captions, # one a picture
@@ -184,7 +184,7 @@ def clip_score(pictures, # list of PIL images, or what `as_uint8` takes
         r = net(**proc(text=list(captions[i:i+batch]), images=ims[i:i+batch], return_tensors="pt", padding=True, truncation=True).to(device)); out.append(100*torch.nn.functional.cosine_similarity(r.image_embeds, r.text_embeds).clamp(min=0))
     return torch.cat(out).cpu().numpy()
 
-# %% ../nbs/06b_people_metrics.ipynb #dc939377
+# %% ../nbs/06b_people_metrics.ipynb #3a21cb3e
 def cut(pictures, # what `as_uint8` takes
         boxes,    # N arrays (n,4), pixels
         side,     # of the crops, pixels
@@ -200,7 +200,7 @@ def cut(pictures, # what `as_uint8` takes
             out.append(clean_resize(x[i:i+1, :, b:d, a:c], side)); who.append(i)
     return (torch.cat(out) if out else torch.zeros(0, 3, side, side, dtype=torch.uint8)), np.array(who, int)
 
-# %% ../nbs/06b_people_metrics.ipynb #530484e5
+# %% ../nbs/06b_people_metrics.ipynb #26a7d00d
 def damage(world, # from `world_arrays`
            empty, # the same places without people, from `world_arrays(people=False)`
            seed=0): # of the noise
@@ -217,7 +217,7 @@ def damage(world, # from `world_arrays`
                 on = np.hypot(xs-p[0]-s*v[0], ys-p[1]-s*v[1]) < max(1.5, .22*L); cut_off[i][on] = empty["pictures"][i][on]
     return dict(blur=ndimage.gaussian_filter(x.astype(float), (0, 1.2, 1.2, 0)).round().astype(np.uint8), noise=(x + rng.normal(0, 20, x.shape)).round().clip(0, 255).astype(np.uint8), face_swap=swapped, limbs_removed=cut_off, collapse=x[np.arange(n) % max(1, n//6)])
 
-# %% ../nbs/06b_people_metrics.ipynb #047fadde
+# %% ../nbs/06b_people_metrics.ipynb #42378c19
 EXPECT = dict(blur=dict(sharpness=-1, sharpness_known=-1, attributes=-1, identity=-1), noise=dict(sharpness_known=1, attributes=-1, identity=-1), face_swap=dict(identity=-1, mood=-1, attributes=-1), limbs_removed=dict(joints=-1, joint_confidence=-1),
               collapse=dict(attributes=-1, diversity=-1))  # sign of the change that must be seen
 
