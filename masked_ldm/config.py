@@ -33,6 +33,8 @@ class TrainConfig:
     lambda1: float = _opt(.2, "weight of masked LPIPS in Eq. (3)")
     lambda2: float = _opt(.5, "weight of the face loss in Eq. (3)")
     variant: str = _opt("paper", "as_published reproduces the authors' dead gradient", ("paper", "as_published"))
+    gate: str = _opt("hard", "how the perceptual terms end at T: hard as in the paper, or falling with t", ("hard", "linear", "cosine"))
+    lambda_warmup_steps: int = _opt(0, "steps over which lambda1 and lambda2 rise from 0")
     per_person: bool = _opt(False, "average LPIPS within each person first")
     lpips_net: str = _opt("tiny", "network of masked LPIPS", ("tiny", "vgg", "alex", "squeeze"))
     face_net: str = _opt("tiny", "network of the face loss", ("tiny", "vggface2", "casia-webface"))
@@ -97,7 +99,7 @@ def make(cls:TrainConfig, **given): # settings by name; None means: the preset's
 
 # %% ../nbs/05a_config.ipynb #6832deb9
 _LEAST = dict(max_steps=1, batch_size=1, gradient_accumulation_steps=1, world_pictures=1, val_pictures=0, checkpointing_steps=1, checkpoints_total_limit=1, log_steps=1, sample_interval=1, sample_steps=1,
-              lr_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0)
+              lr_warmup_steps=0, lambda_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0)
 
 @patch
 def check(self:TrainConfig):

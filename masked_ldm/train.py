@@ -27,7 +27,7 @@ from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, 
 from .face_loss import FaceLoss
 from .masked_lpips import MaskedLPIPS
 from .models import BASES, ControlledUNet, load_base, make_branch
-from .objective import MaskAwareObjective, check_gradients
+from .objective import MaskAwareObjective, check_gradients, warm_up
 from .one_step import predict_x0, target
 from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
@@ -100,7 +100,7 @@ class Trainer:
         opt = torch.optim.AdamW([p for p in branch.parameters() if p.requires_grad], c.learning_rate, (c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=self.acc.device.type == "cuda")
         self.branch, self.opt = self.acc.prepare(branch, opt)
         if face: self._calibrate(face)
-        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, self.base.decode, c.variant)
+        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, self.base.decode, c.variant, c.gate, warm_up(c.lambda_warmup_steps))
 
     latent = property(lambda self: (4, self.config.size//self.base.f, self.config.size//self.base.f))  # shape of a sample's latents
     bare = property(lambda self: self.acc.unwrap_model(self.branch))  # the branch without accelerate's wrapping
@@ -119,6 +119,7 @@ class Trainer:
 def losses(self:Trainer, batch, # `Batch`
            noise, post, t,      # from `keyed_noise`
            branch=None,         # instead of the wrapped one
+           step=None,           # of the schedule of the lambdas; None: the run's
           ): # `Terms` of the objective
     "Noise a batch, predict, estimate x_0, apply the objective."
     dev = self.acc.device; noise, post, t = noise.to(dev), post.to(dev), t.to(dev)
@@ -126,7 +127,7 @@ def losses(self:Trainer, batch, # `Batch`
     x_t = self.base.scheduler.add_noise(z, noise, t)
     with self.acc.autocast(): out = ControlledUNet(self.base.unet, branch or self.branch)(x_t, t, emb).sample.float()
     l_ldm, x0_hat = F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
-    with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None)
+    with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None, self.step_done if step is None else step)
 
 # %% ../nbs/05_train.ipynb #c2310a91
 @patch
@@ -137,7 +138,7 @@ def preflight(self:Trainer):
     b = collate(sorted((self.train_set[i] for i in order), key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()))[:min(4, self.share)]).to(self.acc.device)
     noise, post, _ = keyed_noise(c.seed, -1, range(len(b)), self.latent); low = c.T > 0 and c.variant == "paper"
     expect = dict(ldm=c.lambda1 + c.lambda2 < 1 or not c.T, lpips=low and c.lambda1, face=low and count(b.boxes))
-    self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), self.bare), self.bare.parameters(), [k for k, on in expect.items() if on])
+    self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), self.bare, c.lambda_warmup_steps), self.bare.parameters(), [k for k, on in expect.items() if on])
     if low and c.lambda2 and not count(b.boxes): self.acc.print("no usable face in the 64 pictures looked at: the face loss could not be checked")
     return self.norms
 

@@ -137,3 +137,9 @@ def test_interrupted_papermill_can_go_on(whole, tmp_path):
     assert list((tmp_path/"run"/"checkpoints").glob("step_*")), text
     code, text = papermill(tmp_path/"o2.ipynb", *given.items(), ("resume", "latest")); assert code == 0, text
     got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
+
+def test_gate_and_warm_up_reach_the_run(tmp_path, quick):
+    from masked_ldm.train import TrainConfig, Trainer, train
+    rows = train(TrainConfig.make(**{**quick, "max_steps": 4, "T": 1000, "lambda_warmup_steps": 3, "gate": "cosine"})).history
+    assert rows[0]["lpips"] is None and rows[0]["face"] is None and all(r["lpips"] and r["face"] for r in rows[1:])   # the lambdas start at 0, the preflight looks at them full
+    run = Trainer(TrainConfig.make(**quick, T=500, gate="linear"), tmp_path); assert run.objective.gate(torch.tensor([0, 250, 500])).tolist() == [1, .5, 0]
