@@ -57,3 +57,29 @@ def test_a_run_on_photographs(tmp_path):
     assert len(rows) == 20 and any(r["lpips"] and r["face"] and r["ldm"] for r in rows)
     assert all(v > 0 for v in json.loads((tmp_path/"run"/"metrics.json").read_text())["gradient_norms"].values())
     assert not (Path(COCO_ROOT)/"train2017"/"metadata.jsonl").exists()   # a run leaves the data set alone
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("area_rule", ["union", "sum"])
+@pytest.mark.parametrize("crowd", ["ignore", "drop"])
+def test_counts_per_rule_are_pycocotools_own(split, area_rule, crowd):
+    from masked_ldm.coco import Rule, select_pictures
+    rows, report = select_pictures(COCO_ROOT, split, Rule(.05, area_rule, crowd=crowd)); coco = COCO(f"{COCO_ROOT}/annotations/instances_{split}2017.json"); person = coco.getCatIds(["person"])
+    want, kept = {}, set()
+    def drop(why): want[why] = want.get(why, 0) + 1
+    for i, im in coco.imgs.items():
+        anns = coco.loadAnns(coco.getAnnIds(i, person)); solo = [a for a in anns if not a["iscrowd"]]; hw = im["height"]*im["width"]
+        if not anns: drop("no person")
+        elif crowd == "drop" and len(solo) < len(anns): drop("crowd region")
+        elif not solo: drop("only crowds")
+        elif (sum(a["area"] for a in solo) if area_rule == "sum" else np.any([coco.annToMask(a) for a in solo], 0).sum()) < .05*hw: drop("people below min_area")
+        else: kept.add(i)
+    print(split, area_rule, crowd, len(kept), want)
+    assert {r["image_id"] for r in rows} == kept and report["dropped"] == want and not report["bad_annotations"]
+    for r in rows:
+        for p in r["people"]: assert (rle.decode(p["segmentation"]) == coco.annToMask(coco.anns[p["id"]])).all()
+
+def test_calibration_keeps_what_is_wanted():
+    from masked_ldm.coco import Rule, calibrate_min_area, select_pictures
+    for area_rule in ("union", "sum"):
+        for k, v in calibrate_min_area(COCO_ROOT, dict(train=20, val=7), area_rule).items():
+            print(area_rule, k, v); assert v["kept"] == v["wanted"] == len(select_pictures(COCO_ROOT, k, Rule(v["min_area"], area_rule))[0])
