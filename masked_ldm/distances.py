@@ -154,7 +154,7 @@ def frechet_draws(sets,     # list of (N,D) features, one a model, rows in the o
 
 def frechet_interval(value,  # the distance, or a difference of two
                      draws): # (draws,) from `frechet_draws`, or differences of its columns
-    "(low, high): 1.96 deviations of the bootstrap around the value; a distance is never below 0."
+    "(low, high): 1.96 deviations of the bootstrap around the value; it also serves differences, so it may reach below 0."
     return float(value - 1.96*np.std(draws)), float(value + 1.96*np.std(draws))
 
 # %% ../nbs/06a_distances.ipynb #999abe09

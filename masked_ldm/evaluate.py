@@ -19,7 +19,7 @@ from .data import PersonDataset
 from .distances import Moments, critic_features, frechet, frechet_draws, frechet_interval, inception, kid, reference
 from .judges import compare, format_metrics, judge_of_faces, judge_of_people, judge_run, load_network
 from .people import VAL_ID, VAL_PEOPLE, captions, sample_scene
-from .people_metrics import BETTER, PhotoReader, WorldReader, clip_score, cut, diversity, measures
+from .people_metrics import BETTER, PhotoReader, WorldReader, clip_score, cut, diversity, measures, people_in_caption
 from .sample import PROMPTS, compare_grid, find_run, load_models, picture_set
 from .show import as_pil, picture_grid
 
@@ -39,13 +39,13 @@ def held_out(config, # a run's config.json
              where,  # its data.json
              n,      # prompts
              n_ref): # pictures of the reference set
-    "`HeldOut` of a run: scenes of people never seen in training, or the validation manifest. Raises ValueError for a world that the judges do not know."
+    "`HeldOut` of a run: scenes of people never seen in training, or the validation manifest. The reference is of what the base learned from: other pictures would be further away even for a perfect model, as the row of real pictures shows. Raises ValueError for a world that the judges do not know."
     if config.get("data_root") is None:
         if config.get("size", 64) != 64: raise ValueError(f"the judges of the built-in world see pictures of 64 pixels, this run draws {config['size']}")
         ids = range(VAL_ID, VAL_ID+n); scenes = [sample_scene(0, i, VAL_PEOPLE) for i in ids]; draw = lambda ids, people: [Image.fromarray(v) for v in world_arrays(ids, people)["pictures"]]
         return HeldOut([captions(s)[0] for s in scenes], np.array([len(s.people) for s in scenes]), scenes, draw(ids, VAL_PEOPLE), draw(range(1, n_ref+1), range(1000)))
     val, train = (PersonDataset(where[s], config["size"]) for s in ("val", "train")); rows = [val[i] for i in range(min(n, len(val)))]
-    return HeldOut([r["caption"] for r in rows], np.array([len(r["people"]) for r in rows]), None, [as_pil(r["pixels"]) for r in rows], [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))])
+    return HeldOut([r["caption"] for r in rows], np.array([np.nan if (k := people_in_caption(r["caption"])) is None else k for r in rows], float), None, [as_pil(r["pixels"]) for r in rows], [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))])
 
 # %% ../nbs/06_evaluate.ipynb #e01e5bdc
 class Judges:
@@ -95,6 +95,14 @@ def distance_table(judged, # {name: {region: (features, prompt of each)}}, "real
     return out
 
 # %% ../nbs/06_evaluate.ipynb #867038bb
+def _one_step(runs, folders, n, device, notes):
+    "One-step metrics of the runs whose held-out pictures are still there; a note for the others."
+    out = {}
+    for r, f in zip(runs, folders):
+        try: out[str(r)] = judge_run(f, min(n, 64), device=device, write=False)["one_step"]
+        except (OSError, ValueError) as e: notes.append(f"no one-step metrics of {r}: {e}")
+    return out
+
 def evaluate(runs,                # run folders or Hub ids that share a base
              protocol="quick",    # a key of `PROTOCOLS`
              n=None,              # prompts; None: the protocol's
@@ -107,14 +115,16 @@ def evaluate(runs,                # run folders or Hub ids that share a base
             ): # dict, also written to evaluation.json
     "Draw, judge and compare; writes set.json and pictures (for the study), evaluation.json, grid.png and failures.png. Raises ValueError or FileNotFoundError with what is wrong."
     if protocol not in PROTOCOLS: raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    for k, v in dict(n=n, reference=n_ref).items():
+        if v is not None and v < 2: raise ValueError(f"{k} must be 2 pictures or more, not {v}")
     began, device, out = time.time(), device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(out or f"runs/eval-{protocol}")
     if models is None: models = load_models(runs, device=device); folders = [find_run(r) for r in runs]; config, where = (json.loads((folders[0]/f).read_text()) if (folders[0]/f).is_file() else {} for f in ("config.json", "data.json"))
-    p = dict(PROTOCOLS[protocol]); n = n or p["n"]; del p["n"]; p["guidance"] = p["guidance"] or config.get("guidance_scale", 3.); data = held_out(config, where, n, n_ref)
+    p = dict(PROTOCOLS[protocol]); n = p["n"] if n is None else n; del p["n"]; p["guidance"] = p["guidance"] or config.get("guidance_scale", 3.); data = held_out(config, where, n, n_ref)
     files = picture_set(models, data.prompts, out, seed, **p); judges = Judges(data.scenes is not None, weights, device); pictures = dict(real=data.real) | {k: [Image.open(f).convert("RGB") for f in v] for k, v in files.items()}
     judged = {k: judges(v, data) for k, v in pictures.items()}; refs, record = _references(judges, data, out)
     report = dict(what="pictures of held-out prompts, judged", protocol=protocol, n=len(data.prompts), seed=seed, settings=p, judge=judges.features.title if judges.features else None, reference=record, notes=judges.notes, models=_summary(judged), paired=_against_base(judged),
                   distances=distance_table({k: f for k, (_, f) in judged.items()}, refs), paper_rows={k: paper_row(c) for k, c in _configs(models, runs).items()})
-    report |= dict(one_step={f.name: judge_run(f, min(n, 64), device=device)["one_step"] for f in folders if (f/"data.json").is_file()} if runs else {}, seconds=round(time.time()-began), provenance=dict(machine=platform.platform(), device=str(device), **{k: version(k) for k in ("torch", "diffusers", "torchmetrics", "numpy")}))
+    report |= dict(one_step=_one_step(runs, folders, n, device, judges.notes) if runs else {}, seconds=round(time.time()-began), provenance=dict(machine=platform.platform(), device=str(device), **{k: version(k) for k in ("torch", "diffusers", "torchmetrics", "numpy")}))
     (out/"evaluation.json").write_text(json.dumps(report, indent=1)); compare_grid(models, PROMPTS, seed, **p).save(out/"grid.png"); failures(pictures, judged, data.prompts)[0].save(out/"failures.png")
     return report
 

@@ -98,8 +98,9 @@ def judge_run(run,         # run folder
               levels=(20, 60, 100, 200, 400), # timesteps
               seed=1,      # of the noise
               device=None, # a GPU if there is one
+              write=True,  # into the run's metrics.json
              ): # metrics
-    "Judge a run against its base on its held-out pictures; writes and returns metrics.json's `one_step`. Raises FileNotFoundError that names what is missing."
+    "Judge a run against its base on its held-out pictures. Raises FileNotFoundError that names what is missing."
     run = Path(run)
     for name in ("config.json", "data.json", "controlnet/config.json"):
         if not (run/name).is_file(): raise FileNotFoundError(f"{run/name} is missing: a finished run is needed")
@@ -107,5 +108,6 @@ def judge_run(run,         # run folder
     base = load_base(cfg["base"], device); model = ControlledUNet(base.unet, load_branch(run/"controlnet", device).eval())
     lpips, face = (m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"])))
     metrics, *_ = compare(base, model, PersonDataset(where["val"], cfg["size"]), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
+    if not write: return metrics
     old = json.loads((run/"metrics.json").read_text()) if (run/"metrics.json").is_file() else {}
     (run/"metrics.json").write_text(json.dumps({**old, **metrics}, indent=1)); return metrics

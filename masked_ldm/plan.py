@@ -108,7 +108,7 @@ def plan(config,     # `TrainConfig`
          processes=1,
          cached=False): # latents and text from a cache
     "{name: GiB} with their `total`, and the step's {name: TFLOP}, of one process."
-    nets = _nets(config); p = parts(config, nets); share = config.batch_size/(processes*config.gradient_accumulation_steps)
+    nets = _nets(config); p = parts(config, nets); share = -(-config.batch_size//(processes*config.gradient_accumulation_steps))
     held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
     trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad)/2**30
     low = 1. if config.T else 0.; once = p["decode"] + p.get("lpips", Cost(0)); loss = config.lambda1 + config.lambda2 > 0

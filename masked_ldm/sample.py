@@ -156,12 +156,17 @@ def _write(path, body): # whole or not at all
     tmp = path.with_name(f".{path.name}.{os.getpid()}"); tmp.write_bytes(body); os.replace(tmp, path)
 
 # %% ../nbs/07_sample.ipynb #a808f3f3
+def _base_of(folder):
+    "The base that a run names, or ValueError."
+    try: return str(json.loads((folder/"config.json").read_text())["base"])
+    except (KeyError, TypeError, ValueError): raise ValueError(f"{folder/'config.json'} is no run's configuration: it names no base") from None
+
 def load_models(runs,          # run folders or Hub ids
                 strength=1.,   # of the branches
                 device=None,   # a GPU if there is one
                ): # {"base": pipeline, name of a run's folder: pipeline, ...}
     "The base and the runs that share it. Raises FileNotFoundError, or ValueError for runs of different bases."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu"); folders = [find_run(r) for r in runs]; bases = [json.loads((f/"config.json").read_text())["base"] for f in folders]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu"); folders = [find_run(r) for r in runs]; bases = [_base_of(f) for f in folders]
     if len(set(bases)) > 1: raise ValueError(f"the runs have different bases, {' and '.join(sorted(set(bases)))}: only runs of one base can be compared")
     base = load_base(bases[0], device); out = dict(base=MaskedLDMPipeline.from_parts(base))
     for r, f in zip(runs, folders):
@@ -175,6 +180,11 @@ def main(argv=None): # command line; None: sys.argv
     ap.add_argument("runs", nargs="+", help="run folders or Hub ids"); ap.add_argument("--prompt", action="append", help="may be given several times; the paper's four if never")
     for name, default, text in (("seed", 0, "of the noise"), ("steps", 50, "of the sampler"), ("guidance", 9., "guidance scale"), ("strength", 1., "of the branch")): ap.add_argument(f"--{name}", type=type(default), default=default, help=text)
     ap.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler"); ap.add_argument("--out", default="grid.png", help="picture to write"); args = ap.parse_args(argv)
-    try: models = load_models(args.runs, args.strength)
+    try:
+        if not 1 <= args.steps <= 1000: raise ValueError(f"--steps must be 1 to 1000, not {args.steps}")
+        if not 0 <= args.seed < 2**32: raise ValueError(f"--seed must be 0 to {2**32-1}, not {args.seed}")
+        out = Path(args.out)
+        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir(): raise ValueError(f"--out {out} must be a .png, .jpg or .webp in a folder that exists")
+        compare_grid(load_models(args.runs, args.strength), args.prompt or PROMPTS, args.seed, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler).save(out)
     except (OSError, ValueError) as e: raise SystemExit(f"masked-ldm-sample: {e}")
-    compare_grid(models, args.prompt or PROMPTS, args.seed, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler).save(args.out); print(args.out)
+    print(out)

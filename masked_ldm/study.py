@@ -28,7 +28,9 @@ def open_set(folder): # written by `picture_set`
     "(prompts, {name: [path]}). Raises FileNotFoundError that names what is missing."
     folder = Path(folder); note = folder/"set.json"
     if not note.is_file(): raise FileNotFoundError(f"{note} is missing: a folder of pictures, as written by an evaluation, is needed")
-    about = json.loads(note.read_text()); files = {n: [folder/"pictures"/f"{k}_{i:05d}.png" for i in range(len(about["prompts"]))] for k, n in enumerate(about["models"])}
+    try: about = json.loads(note.read_text()); about["prompts"][0], list(about["models"])
+    except (ValueError, KeyError, TypeError, IndexError): raise ValueError(f"{note} does not describe a set of pictures") from None
+    files = {n: [folder/"pictures"/f"{k}_{i:05d}.png" for i in range(len(about["prompts"]))] for k, n in enumerate(about["models"])}
     if lost := [p for v in files.values() for p in v if not p.is_file()]: raise FileNotFoundError(f"{lost[0]} is missing, and {len(lost)-1} more: the set was not finished")
     return about["prompts"], files
 
@@ -90,8 +92,13 @@ def create_app(study,   # `Study`
     if Starlette is None: raise ImportError("the study page needs Starlette: pip install 'masked_ldm[study]'")
     def asset(name, kind): body = (_PAGE/name).read_bytes(); return lambda request: Response(body, media_type=kind)
     async def vote(request):
-        try: said = json.loads((await request.body())[:1000]); token, choice = str(said["page"]), said["choice"]; assert choice in ("left", "right", "same") and request.headers.get("content-type") == "application/json"
-        except (ValueError, KeyError, TypeError, AssertionError): return PlainTextResponse("a vote needs a page and a choice: left, right or same", 400)
+        try:
+            body = b""
+            async for part in request.stream():
+                if len(body := body + part) > 1000: raise ValueError
+            said = json.loads(body); token, choice = str(said["page"]), said["choice"]
+            if choice not in ("left", "right", "same") or request.headers.get("content-type") != "application/json": raise ValueError
+        except (ValueError, KeyError, TypeError): return PlainTextResponse("a vote needs a page and a choice: left, right or same", 400)
         def count(voter):
             for p in study.pages(voter):
                 if p.token == token: a_left = p.left == study.files[p.a][p.prompt]; study.votes.add(voter, p.pair, p.question, p.prompt, p.a, p.b, "same" if choice == "same" else "a" if (choice == "left") == a_left else "b", "left" if a_left else "right")
@@ -144,6 +151,8 @@ def main(argv=None): # command line; None: sys.argv
     ap.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in the network vote"); ap.add_argument("--port", type=int, default=8765); ap.add_argument("--results", action="store_true", help="print the votes as CSV and stop"); a = ap.parse_args(argv)
     try:
         import uvicorn
+        if a.n < 1: raise ValueError(f"--n must be 1 prompt or more, not {a.n}")
+        if not 0 < a.port < 65536: raise ValueError(f"--port must be 1 to 65535, not {a.port}")
         ready = len(a.runs) == 1 and (Path(a.runs[0])/"set.json").is_file(); study = Study(a.runs[0] if ready else make_set(a.runs, a.folder, a.n, a.seed), a.questions)
         if a.results: print(study.votes.csv(), end=""); return
         app = create_app(study, ("127.0.0.1", "localhost", "[::1]") if a.host in ("127.0.0.1", "localhost", "::1") else ("*",))

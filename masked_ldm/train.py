@@ -259,7 +259,8 @@ def go_on(self:Trainer):
     if path is None: self.acc.print(f"no checkpoint in {self.path/'checkpoints'}: starting from the beginning"); return
     if not path.is_dir(): raise ConfigError(f"resume {path} is not a checkpoint folder")
     state = json.loads((path/"state.json").read_text()) if (path/"state.json").is_file() else {}
-    drift = {k: (v, getattr(c, k)) for k, v in state.get("config", {}).items() if k not in _MAY_CHANGE and hasattr(c, k) and getattr(c, k) != v}
+    before = {f.name: f.default for f in fields(TrainConfig)} | state.get("config", {})   # a setting that is newer than the checkpoint had its default
+    drift = {k: (v, getattr(c, k)) for k, v in before.items() if state and k not in _MAY_CHANGE and hasattr(c, k) and getattr(c, k) != v}
     if drift: raise ConfigError("resume with other settings than the run had: " + ", ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in drift.items()))
     if state.get("data") not in (None, self.train_set.info["content"]): raise ConfigError("resume with other training pictures than the run had: the manifest differs")
     self.step_done = load_checkpoint(path, self.bare, self.opt.optimizer)["step"]
@@ -287,11 +288,14 @@ def _stop_if(self:Trainer, asked): # from `stop_requests`
     self.acc.wait_for_everyone(); signum = asked[0] if asked else signal.SIGTERM
     raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.step_done} of {self.config.max_steps}; the state is saved in {self.path/'checkpoints'}: go on with out_dir={self.path} and resume=latest")
 
+def _deaf(worker): # a data worker ignores the signals that ask a run to stop: the run itself decides when
+    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+
 def _next(loader):
     "The next batch. Raises RuntimeError that says what to do if a data worker died."
     try: return next(loader)
     except RuntimeError as e:
-        if "worker" not in str(e): raise
+        if "worker" not in str(e) and "DataLoader" not in str(e): raise
         raise RuntimeError(f"a data worker died ({str(e).splitlines()[0]}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest") from None
 
 @patch
@@ -301,7 +305,7 @@ def loop(self:Trainer, log, # open metrics.jsonl
     c, rank, world = self.config, self.acc.process_index, self.acc.num_processes; per = c.batch_size//c.gradient_accumulation_steps
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
     parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
-    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers))
+    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
     with stop_requests() as asked:
         for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
             done = self.step([(part, self._empty(_next(loader))) for part in parts]); recent += done or []

@@ -100,7 +100,7 @@ def test_missing_weights_are_listed_at_once(tmp_path, world):
 
 def start(*flags):
     "A run in a process of its own."
-    return subprocess.Popen([sys.executable, "-m", "masked_ldm.train", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-m", "masked_ldm.train", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 def flags(given): return [x for k, v in given.items() for x in (f"--{k}", v)]
 
@@ -121,11 +121,11 @@ def whole(tmp_path_factory):
     given = dict(cache_dir=str(tmp/"cache"), world_pictures=48, val_pictures=0, max_steps=10, batch_size=4, sample_interval=100, sample_steps=1, checkpointing_steps=2, log_steps=1, report_to="none")
     return given, weights(train(TrainConfig.make(**given, out_dir=str(tmp/"run"))).path)
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(signum, whole, tmp_path):
-    "The state is saved, the exit status is the shell's, and going on ends where an undisturbed run ends."
-    given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
-    p.send_signal(signum); text = p.communicate(timeout=120)[0]; assert p.returncode == 128 + signum, text
+@pytest.mark.parametrize("signum, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+def test_asked_to_stop(signum, workers, whole, tmp_path):
+    "The whole process group is told, as schedulers and terminals do: the state is saved, the exit status is the shell's, and going on ends where an undisturbed run ends."
+    given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100, "dataloader_num_workers": workers}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
+    os.killpg(p.pid, signum); text = p.communicate(timeout=120)[0]; assert p.returncode == 128 + signum, text
     last = text.strip().splitlines()[-1]; assert "Traceback" not in text and f"stopped by {signum.name} after step" in last and "resume=latest" in last, text
     p = start(*flags({**given, "resume": "latest"})); text = p.communicate(timeout=120)[0]; assert p.returncode == 0 and "going on from step_" in text, text
     got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
