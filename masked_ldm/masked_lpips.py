@@ -227,7 +227,7 @@ def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
     def work():
         for key, todo in jobs.items():
             rows, cols = (slice(*k[0]) for k in key) if key else (slice(None), slice(None))
-            area = (rows.stop-rows.start)*(cols.stop-cols.start) if key else mask[0, 0].numel(); n = max(1, self.at_once//area)
+            area = (rows.stop-rows.start)*(cols.stop-cols.start) if key else mask.shape[-2]*mask.shape[-1]; n = max(1, self.at_once//area)
             for part in (todo[i:i+n] for i in range(0, len(todo), n)):
                 images = torch.tensor([i for i, _ in part], device=pred.device); w = [torch.stack(v) for v in zip(*(w for _, w in part))]
                 yield images, (rows, cols), lambda p: self._run(p, target.detach()[images][..., rows, cols], w, key, reach)             # Eq. (2)
