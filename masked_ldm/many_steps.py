@@ -34,7 +34,7 @@ def predict_x0_steps(model,     # (x (B,...), t (B,)) -> model output; texts and
                      t,         # (B,) timesteps
                      scheduler, # as for `predict_x0`, with `alphas_cumprod`
                      k=1,       # model calls
-                     remember=False, # keep every step's activations instead of computing them again: k times the memory, two thirds of the time
+                     remember=False, # keep every step's activations instead of computing them again: k times the memory, less time
                     ): # (B, ...) estimate of the clean latents, at least float32, with gradient through all k steps
     "The k-step estimate of x_0; k = 1 is Eq. (4). The model must be deterministic, dropout off. Raises ValueError for a flow-matching scheduler or k below 1."
     if not hasattr(scheduler, "alphas_cumprod"): raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod: several steps are DDIM steps")

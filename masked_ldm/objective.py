@@ -37,7 +37,9 @@ def gate_weight(t,    # (B,) timesteps
     "How much of the perceptual terms a timestep gets. Raises ValueError for a kind it does not know."
     if not callable(kind) and kind not in GATES: raise ValueError(f"gate must be one of {', '.join(GATES)} or a function of t/T, not {kind!r}")
     if T <= 0: return torch.zeros_like(t, dtype=torch.float32)
-    return (kind if callable(kind) else GATES[kind])(t.float()/T)*(t < T)
+    w = (kind if callable(kind) else GATES[kind])(t.float()/T)*(t < T)
+    if not ((w >= 0) & (w <= 1)).all(): raise ValueError(f"gate must give weights in [0,1] for t < T, not {w.min().item():g} to {w.max().item():g}")
+    return w
 
 # %% ../nbs/04b_objective.ipynb #c4f68e57
 def warm_up(steps,    # over which the factor rises
@@ -100,7 +102,7 @@ class MaskAwareObjective(nn.Module):
                  schedule=None): # step -> factor on both lambdas, for instance `warm_up(1000)`; None: always 1
         super().__init__()
         if not 0 <= T <= 1000: raise ValueError(f"T must be between 0 and 1000, not {T}")
-        if lambda1 < 0 or lambda2 < 0 or lambda1 + lambda2 > 1 + 1e-9: raise ValueError(f"lambda1 and lambda2 must be 0 or more and sum to at most 1, not {lambda1} + {lambda2}")
+        if not (lambda1 >= 0 and lambda2 >= 0 and lambda1 + lambda2 <= 1 + 1e-9): raise ValueError(f"lambda1 and lambda2 must be 0 or more and sum to at most 1, not {lambda1} + {lambda2}")
         if variant not in ("paper", "as_published"): raise ValueError(f"variant must be 'paper' or 'as_published', not {variant!r}")
         gate_weight(torch.zeros(1), T, gate)
         self.T, self.lambda1, self.lambda2, self.lpips, self.face, self.decode = T, lambda1, lambda2, lpips, face, decode
@@ -130,9 +132,11 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
            ): # `Terms`
     "The weighted loss and everything needed to log it."
     f = self.schedule(step) if self.schedule else 1.; l1, l2 = self.lambda1*f, self.lambda2*f
+    if not (f >= 0 and l1 + l2 <= 1 + 1e-9): raise ValueError(f"schedule gives {f} at step {step}: the lambdas would be {l1:g} and {l2:g}, but must be 0 or more and sum to at most 1")
     gate, lp, fc, images = self.gate(t), torch.zeros_like(l_ldm), torch.zeros_like(l_ldm), None; low = (gate > 0) & bool(l1 or l2)
     boxes = self.face.usable(boxes, target.shape[-2:]) if l2 else boxes[:0]
-    has_mask, has_face = mask.flatten(1).sum(1) > 0, torch.zeros_like(low).index_fill(0, boxes[:, 0].long(), True)
+    has_mask = mask.flatten(1).sum(1) > 0 if people is None else torch.zeros_like(low).index_fill(0, people[1][people[0].flatten(1).sum(1) > 0], True)
+    has_face = torch.zeros_like(low).index_fill(0, boxes[:, 0].long(), True)
     if self.variant == "paper": low = low & ((has_mask & bool(l1)) | has_face)   # nothing to look at: not decoded
     if low.any():
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.variant == "paper"): images = self.decode(x0_latents[low])

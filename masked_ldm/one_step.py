@@ -6,7 +6,7 @@
 __all__ = ['predict_x0', 'target', 'error_gain', 'propose_T']
 
 # %% ../nbs/02_one_step.ipynb #994b3dbb
-import torch
+import re, torch
 
 # %% ../nbs/02_one_step.ipynb #505fea2c
 def _like(values, x): # (B,) or scalar -> float32, shaped to multiply (B, ...)
@@ -18,11 +18,12 @@ def predict_x0(model_output, # (B, ...) what the network returned at (x_t, t)
                scheduler,    # a diffusers scheduler whose x_t is sqrt(abar) x_0 + sqrt(1-abar) eps (DDPM, DDIM, PNDM, DPM-Solver, UniPC), or a flow-matching one
               ): # (B, ...) the estimate of the clean latents, at least float32, differentiable
     "The one-step estimate of x_0: Eq. (4) of the paper. Raises ValueError for a scheduler or a kind of prediction it does not know."
-    if hasattr(scheduler, "is_scale_input_called"): raise ValueError(f"{type(scheduler).__name__} scales x_t in its own way: pass DDPMScheduler.from_config(scheduler.config)")
+    if hasattr(scheduler, "is_scale_input_called") or re.search("Heun|KDPM2|EDM|ScoreSde|Wuerstchen", type(scheduler).__name__) and "FlowMatch" not in type(scheduler).__name__: raise ValueError(f"{type(scheduler).__name__} scales x_t in its own way: pass DDPMScheduler.from_config(scheduler.config)")
     dtype = torch.promote_types(torch.float32, torch.promote_types(model_output.dtype, x_t.dtype))
     out, x_t, t = model_output.to(dtype), x_t.to(dtype), torch.as_tensor(t, device=x_t.device)
     if "FlowMatch" in type(scheduler).__name__:
         return x_t - _like(t/scheduler.config.num_train_timesteps, x_t)*out        # flow: x_t = (1-s) x0 + s eps, out = eps - x0
+    if (t < 0).any() or (t >= len(scheduler.alphas_cumprod)).any(): raise ValueError(f"timesteps must be 0 to {len(scheduler.alphas_cumprod)-1}, not {t.min().item()} to {t.max().item()}")
     abar = scheduler.alphas_cumprod.to(x_t.device, dtype)[t.long()]
     a, s, kind = _like(abar.sqrt(), x_t), _like((1-abar).sqrt(), x_t), scheduler.config.prediction_type
     if kind == "epsilon": return (x_t - s*out)/a                                    # Eq. (4)
