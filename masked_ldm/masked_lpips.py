@@ -87,6 +87,7 @@ class MaskedLPIPS(nn.Module):
 # %% ../nbs/03_masked_lpips.ipynb #a2a2325a
 def _check(pred, target, mask=None):
     if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != 3: raise ValueError(f"pred and target must both be (B,3,H,W), not {tuple(pred.shape)} and {tuple(target.shape)}")
+    if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1): raise ValueError(f"mask must be (B,1,H,W) or (K,1,H,W), not {tuple(mask.shape)}")
     if mask is not None and mask.shape[-2:] != pred.shape[-2:]: raise ValueError(f"mask is {tuple(mask.shape[-2:])} but the pictures are {tuple(pred.shape[-2:])}")
 
 @patch
@@ -201,14 +202,16 @@ class _AsItGoes(torch.autograd.Function):
     "Values of a function of pictures, and on the way their gradient."
     @staticmethod
     def forward(ctx, pred, value): # (B,3,H,W); yields (image numbers, cut, function of the cut pictures)
-        out, grad = None, torch.zeros_like(pred)
+        out, grad, kind = None, torch.zeros_like(pred, dtype=torch.promote_types(torch.float32, pred.dtype)), pred.device.type
+        half = pred.dtype == torch.float16 or torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        scale = 2.**16 if half else 1.   # a loss scaler comes too late for a gradient that is made here
         for images, (rows, cols), f in value:
-            with torch.enable_grad(): p = pred[images][..., rows, cols].detach().requires_grad_(); v = f(p); g, = torch.autograd.grad(v.sum(), p)
-            grad[..., rows, cols].index_add_(0, images, g.to(grad)); out = _added(out, v.detach(), images, pred)
-        ctx.save_for_backward(grad); return pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)) if out is None else out
+            with torch.enable_grad(): p = pred[images][..., rows, cols].detach().requires_grad_(); v = f(p); g, = torch.autograd.grad(v.sum()*scale, p)
+            grad[..., rows, cols].index_add_(0, images, g.to(grad)/scale); out = _added(out, v.detach(), images, pred)
+        ctx.save_for_backward(grad); ctx.dtype = pred.dtype; return pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)) if out is None else out
     @staticmethod
     @once_differentiable
-    def backward(ctx, g): grad, = ctx.saved_tensors; return (g.view(-1, 1, 1, 1)*grad).to(grad.dtype), None
+    def backward(ctx, g): grad, = ctx.saved_tensors; return (g.view(-1, 1, 1, 1)*grad).to(ctx.dtype), None
 
 def _added(out, v, images, pred): return (torch.zeros(len(pred), device=v.device, dtype=v.dtype) if out is None else out).index_add(0, images, v)
 
@@ -223,6 +226,7 @@ def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
     if self.per_person and index is None: raise ValueError("per_person=True needs `index`, the image number of each of the K masks")
     _check(pred, target, mask)
     if index is None: index = torch.arange(len(pred), device=pred.device)
+    if len(index) != len(mask): raise ValueError(f"{len(mask)} masks do not fit {len(index)} image numbers")
     mask = mask.detach().to(torch.promote_types(torch.promote_types(torch.float32, pred.dtype), mask.dtype)); jobs, reach = self.jobs(mask, index, len(pred)), self.reach(tuple(pred.shape[-2:]))[0]
     def work():
         for key, todo in jobs.items():

@@ -57,11 +57,16 @@ class _Trace(TorchDispatchMode):
         if name == "convolution" and not args[6]: k, s, p, d = args[1].shape[2:], args[3], args[4], args[5]
         elif name.startswith("max_pool2d"): k, s, p, d = (list(args[1:]) + [[], 0, 1][len(args)-2:])[:4]; s = s or k
         elif name == "avg_pool2d": k, s, p, d = (list(args[1:4]) + [[], 0][len(args)-2:])[:3] + [1]; s = s or k
-        elif name in _ALONE and out.shape[-2:] == r.size: return r
+        elif name in _ALONE and out.shape[-2:] == r.size and self.even(name, args): return r
         else: raise _NotLocal(name)
         k, s, p, d = map(_shape, (k, s, p, d))
         if any(u != v for u, v in (k, s, p, d)): raise _NotLocal(f"{name} with sides that differ")
         return r.then(k[0], s[0], p[0], d[0], out.shape[-2:])
+
+    def even(self, name, args):
+        "Does the operation treat every cell alike? Not if it normalises by the picture's own statistics, or adds something that has a place in the picture."
+        if "batch_norm" in name: return "no_training" in name or args[5] is False
+        return not any(torch.is_tensor(a) and id(a) not in self.of and max(a.shape[-2:], default=1) > 1 for a in tree_leaves(args))
 
 # %% ../nbs/03a_reach.ipynb #1fe7ee7e
 def reaches(stages, # a network, (B,C,H,W) -> its taps (a tensor or a list), or a list of stages, each fed with the one before's last tap
@@ -69,7 +74,7 @@ def reaches(stages, # a network, (B,C,H,W) -> its taps (a tensor or a list), or 
             dtype=torch.float32, # of the weights
            device="cpu", # where they are
            ): # list of `Reach`, one a tap, or for stages a list of such lists, in cells of the stage's own input; None if some cell may depend on everything
-    "What each tap of a network looks at. Costs no computation: the network runs on tensors without content."
+    "What each tap of a network looks at. Costs no computation: the network runs on tensors without content. A number that a network computes from the picture's size is not seen."
     out, listed = [], isinstance(stages, list)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = torch.empty(1, 3, *size, dtype=dtype, device=device)
