@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from fastcore.basics import patch
 from torch import nn
+from .decode import by_parts, decode_around, shown
 from .face_loss import check_boxes
 
 # %% ../nbs/04b_objective.ipynb #17e4fcfa
@@ -102,7 +103,9 @@ class MaskAwareObjective(nn.Module):
                  decode,         # latents (D,4,h,w) -> images (D,3,H,W) RGB in [-1,1], with gradient: `Base.decode`
                  variant="paper", # "paper", or "as_published": the authors' code with its dead gradient, to compare with
                  gate="hard",    # as in `gate_weight`
-                 schedule=None): # step -> factor on both lambdas, for instance `warm_up(1000)`; None: always 1
+                 schedule=None,  # step -> factor on both lambdas, for instance `warm_up(1000)`; None: always 1
+                 at_once=0,      # samples decoded and judged at a time while training: memory for so many, same gradient; 0: all
+                 margin=None):   # decode only a window around people and faces, grown by so many latent cells (`decode_around`); None: whole pictures
         super().__init__()
         if not 0 <= T <= 1000: raise ValueError(f"T must be between 0 and 1000, not {T}")
         if not (lambda1 >= 0 and lambda2 >= 0 and lambda1 + lambda2 <= 1 + 1e-9): raise ValueError(f"lambda1 and lambda2 must be 0 or more and sum to at most 1, not {lambda1} + {lambda2}")
@@ -110,7 +113,7 @@ class MaskAwareObjective(nn.Module):
         if variant == "as_published" and gate != "hard": raise ValueError(f"variant 'as_published' has a hard gate at T; gate {gate!r} is for variant 'paper'")
         gate_weight(torch.zeros(1), T, gate)
         self.T, self.lambda1, self.lambda2, self.lpips, self.face, self.decode = T, lambda1, lambda2, lpips, face, decode
-        self.variant, self.gate_kind, self.schedule = variant, gate, schedule
+        self.variant, self.gate_kind, self.schedule, self.at_once, self.margin = variant, gate, schedule, at_once, margin
         self.register_buffer("_factors", torch.ones(2))   # of `balance`
 
     factors = property(lambda self: dict(zip(("lpips", "face"), self._factors.tolist())))  # what `balance` multiplies the two weights by
@@ -128,6 +131,20 @@ def boxes_of(boxes, # (M,5) rows of (image number, x0, y0, x1, y1)
     return torch.cat([number[boxes[:, 0].long(), None].to(boxes), boxes[:, 1:]], 1)
 
 @patch
+def look(self:MaskAwareObjective, x0, # (D,4,h,w) latents of those samples
+         rows,                       # (D,) their places in the batch, rising
+         target, mask, boxes, people, # of the whole batch, as for `forward`
+         lambda1, lambda2):          # a term with weight 0 is not computed
+    "(images (D,3,H,W), LPIPS (D,), face loss (D,)) of the samples that are looked at."
+    keep = torch.zeros(len(target), dtype=torch.bool, device=target.device).index_fill(0, rows, True); b = boxes_of(boxes, keep)
+    grad = torch.is_grad_enabled() and self.variant == "paper"
+    with torch.set_grad_enabled(grad): images = self.decode(x0) if self.margin is None else decode_around(self.decode, x0, target[rows], shown(mask[rows], b), self.margin)
+    masks = (mask[rows],) if people is None else (people[0][keep[people[1]]], (keep.cumsum(0) - 1)[people[1][keep[people[1]]]])
+    lp = self.lpips(images, target[rows], *masks) if lambda1 else images.new_zeros(len(rows))
+    return images, lp, self.face(images, target[rows], b) if lambda2 and len(b) else images.new_zeros(len(rows))
+
+# %% ../nbs/04b_objective.ipynb #a7de1c64
+@patch
 def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
             x0_latents,                     # (B,4,h,w) one-step estimates, from `predict_x0`
             t,                              # (B,) or scalar timesteps
@@ -136,6 +153,8 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
             boxes,                          # (M,5) faces: rows of (image number, x0, y0, x1, y1)
             people=None,                    # ((K,1,H,W) masks, (K,) image numbers), for a `MaskedLPIPS` with `per_person`
             step=0,                         # of the run, for `schedule`
+            weight=None,                    # (B,) factor on each sample, from `stratified_timesteps`; None: 1
+            pick=None,                      # (B,) factor on its perceptual terms, from `capped`: where it is 0 nothing is decoded; None: 1
            ): # `Terms`
     "The weighted loss and everything needed to log it. Raises ValueError for shapes that do not fit."
     if l_ldm.ndim != 1 or len(l_ldm) != len(x0_latents): raise ValueError(f"l_ldm must be (B,), one value for each of the {len(x0_latents)} samples (reduction='none', then a mean over all dimensions but the first), not {tuple(l_ldm.shape)}")
@@ -147,15 +166,18 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
     has_mask = mask.flatten(1).sum(1) > 0 if people is None else torch.zeros_like(low).index_fill(0, people[1][people[0].flatten(1).sum(1) > 0], True)
     has_face = torch.zeros_like(low).index_fill(0, boxes[:, 0].long(), True)
     if self.variant == "paper": low = low & ((has_mask & bool(l1)) | has_face)   # nothing to look at: not decoded
-    if low.any():
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.variant == "paper"): images = self.decode(x0_latents[low])
-        masks = (mask[low],) if people is None else (people[0][low[people[1]]], (low.cumsum(0) - 1)[people[1][low[people[1]]]])
-        if l1: lp = lp.masked_scatter(low, self.lpips(images, target[low], *masks).to(lp.dtype))
-        if l2 and has_face[low].any(): fc = fc.masked_scatter(low, self.face(images, target[low], boxes_of(boxes, low)).to(fc.dtype))
     weights = published_weights if self.variant == "as_published" else term_weights
-    w1, w2, w3 = weights(low if self.variant == "as_published" else gate*low, has_mask, has_face, l1, l2).to(l_ldm.dtype)
-    w1, w2 = w1*self._factors[0].to(w1), w2*self._factors[1].to(w2)
-    total = (w1*lp + w2*fc + w3*l_ldm).mean()                                              # Eq. (3)
+    w1, w2, w3 = weights(low if self.variant == "as_published" else gate*low, has_mask, has_face, l1, l2).to(l_ldm.dtype)*(1. if weight is None else weight.to(l_ldm))
+    w1, w2 = (w*f.to(w)*(1. if pick is None else pick.to(w)) for f, w in zip(self._factors, (w1, w2)))
+    low = low if pick is None else low & (pick > 0); rows, total = low.nonzero()[:, 0], (w3*l_ldm).mean()
+    look, more = (lambda rows, z: self.look(z, rows, target, mask, boxes, people, l1, l2)), None
+    def part(rows, z): images, l, c = look(rows, z); return (w1[rows]*l + w2[rows]*c).sum()/len(t), images, l, c
+    if len(rows):
+        in_parts = self.at_once and self.variant == "paper" and torch.is_grad_enabled() and x0_latents.requires_grad
+        if in_parts: more, (images, *values) = by_parts(part, x0_latents, rows, self.at_once)
+        else: images, *values = look(rows, x0_latents[low])
+        lp, fc = (v.masked_scatter(low, u.to(v.dtype)) for v, u in zip((lp, fc), values))
+    total = total + ((w1*lp + w2*fc).mean() if more is None else more)                                  # Eq. (3)
     return Terms(total, l_ldm, lp, fc, w1, w2, w3, low, images, dict(gate=gate, has_mask=has_mask, has_face=has_face, x0=x0_latents, lambdas=(l1, l2)))
 
 # %% ../nbs/04b_objective.ipynb #de6f41d5
