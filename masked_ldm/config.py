@@ -69,7 +69,7 @@ class TrainConfig:
     decode_batch: int = _opt(0, "samples of a process decoded and judged at a time; 0: all at once")
     decode: str = _opt("full", "decode whole pictures, or only a window around people and faces (not exact)", ("full", "crop"))
     fused_adam: bool = _opt(True, "AdamW in one kernel")
-    use_8bit_adam: bool = _opt(False, "AdamW with 8-bit moments; needs bitsandbytes and a GPU")
+    use_8bit_adam: bool = _opt(False, "AdamW with 8-bit moments; needs bitsandbytes")
     channels_last: bool = _opt(False, "memory order of pictures in the networks")
     torch_compile: bool = _opt(False, "compile UNet, branch and VAE decoder for fixed shapes")
     seed: int = _opt(0, "of data order, augmentation, noise and timesteps")

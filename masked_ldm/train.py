@@ -32,6 +32,7 @@ from .one_step import predict_x0, target
 from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .show import picture_grid, progress
+from .speed import capped, compiled, make_optimizer, set_up, stratified_timesteps
 
 # %% ../nbs/05_train.ipynb #b916722a
 def run_folder(config): # `TrainConfig`
@@ -95,12 +96,10 @@ class Trainer:
             self.train_set, self.val_set, self.manifests = load_data(c)
         branch = make_branch(self.base.unet, self.base.f)
         if c.mixed_precision == "bf16": self.base.unet.to(torch.bfloat16); self.base.text_encoder.to(torch.bfloat16)  # frozen, and autocast would copy them every step
-        if c.gradient_checkpointing:
-            for m in (branch, self.base.unet, self.base.vae): m.enable_gradient_checkpointing()
-        opt = torch.optim.AdamW([p for p in branch.parameters() if p.requires_grad], c.learning_rate, (c.adam_beta1, c.adam_beta2), weight_decay=c.adam_weight_decay, fused=self.acc.device.type == "cuda")
-        self.branch, self.opt = self.acc.prepare(branch, opt)
+        set_up(c, dict(branch=branch, unet=self.base.unet, vae=self.base.vae))
+        self.branch, self.opt = self.acc.prepare(branch, make_optimizer([p for p in branch.parameters() if p.requires_grad], c)); self.model = compiled(c, ControlledUNet(self.base.unet, self.branch))
         if face: self._calibrate(face)
-        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, self.base.decode, c.variant, c.gate, warm_up(c.lambda_warmup_steps))
+        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, compiled(c, self.base.decode), c.variant, c.gate, warm_up(c.lambda_warmup_steps), c.decode_batch, 4 if c.decode == "crop" else None)
 
     latent = property(lambda self: (4, self.config.size//self.base.f, self.config.size//self.base.f))  # shape of a sample's latents
     bare = property(lambda self: self.acc.unwrap_model(self.branch))  # the branch without accelerate's wrapping
@@ -120,14 +119,15 @@ def losses(self:Trainer, batch, # `Batch`
            noise, post, t,      # from `keyed_noise`
            branch=None,         # instead of the wrapped one
            step=None,           # of the schedule of the lambdas; None: the run's
+           weight=None, pick=None, # (B,) factors from `draw`: on each sample, on its perceptual terms
           ): # `Terms` of the objective
     "Noise a batch, predict, estimate x_0, apply the objective."
     dev = self.acc.device; noise, post, t = noise.to(dev), post.to(dev), t.to(dev)
     with self.acc.autocast(): z, emb = self.base.encode(batch.pixels, post), self.base.embed(batch.captions)
     x_t = self.base.scheduler.add_noise(z, noise, t)
-    with self.acc.autocast(): out = ControlledUNet(self.base.unet, branch or self.branch)(x_t, t, emb).sample.float()
+    with self.acc.autocast(): out = (ControlledUNet(self.base.unet, branch) if branch else self.model)(x_t, t, emb).sample.float()
     l_ldm, x0_hat = F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
-    with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None, self.step_done if step is None else step)
+    with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None, self.step_done if step is None else step, weight, pick)
 
 # %% ../nbs/05_train.ipynb #c2310a91
 @patch
@@ -135,12 +135,24 @@ def preflight(self:Trainer):
     "{term: gradient norm at the branch}. Raises `DeadTerm`."
     c, face = self.config, self.objective.face; count = lambda b: len(face.usable(b, (c.size, c.size))) if face else 0
     order = sorted(range(len(self.train_set)), key=lambda i: not self.train_set.rows[i]["faces"])[:64]
-    b = collate(sorted((self.train_set[i] for i in order), key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()))[:min(4, self.share)]).to(self.acc.device)
+    b = collate(sorted((self.train_set[i] for i in order), key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()))[:min(4, self.share, c.decode_batch or 4)]).to(self.acc.device)
     noise, post, _ = keyed_noise(c.seed, -1, range(len(b)), self.latent); low = c.T > 0 and c.variant == "paper"
     expect = dict(ldm=c.lambda1 + c.lambda2 < 1 or not c.T, lpips=low and c.lambda1, face=low and count(b.boxes))
+    self.objective.at_once = 0   # in parts, a term's own gradient is gone
     self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), self.bare, c.lambda_warmup_steps), self.bare.parameters(), [k for k, on in expect.items() if on])
+    self.objective.at_once = c.decode_batch
     if low and c.lambda2 and not count(b.boxes): self.acc.print("no usable face in the 64 pictures looked at: the face loss could not be checked")
     return self.norms
+
+# %% ../nbs/05_train.ipynb #282d34bb
+@patch
+def draw(self:Trainer, positions): # in the whole batch
+    "(noise, posterior noise, t, factor on each sample, factor on its perceptual terms) of this step; the factors are None where every sample counts once."
+    c, key = self.config, (self.config.seed, self.step_done); noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent); weight = pick = None
+    if c.stratified_t or c.max_decoded: whole = stratified_timesteps(c.T, c.batch_size, key) if c.stratified_t else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
+    if c.stratified_t: t, weight = (v[list(positions)] for v in whole)
+    if c.max_decoded: pick = capped(whole[0], c.T, c.max_decoded, key)[list(positions)]
+    return noise, post, t, *(v if v is None else v.to(self.acc.device) for v in (weight, pick))
 
 # %% ../nbs/05_train.ipynb #a2245feb
 @patch
@@ -151,9 +163,9 @@ def step(self:Trainer, batches, # the step's parts: [(positions in the whole bat
     for g in self.opt.param_groups: g["lr"] = c.learning_rate*min(1., (n+1)/max(1, c.lr_warmup_steps))
     self.opt.zero_grad()
     for k, (positions, b) in enumerate(batches):
-        noise, post, t = keyed_noise(c.seed, n, positions, self.latent)
+        noise, post, t, weight, pick = self.draw(positions)
         with self.acc.no_sync(self.branch) if k < len(batches)-1 else contextlib.nullcontext():
-            terms = self.losses(b.to(self.acc.device), noise, post, t); self.acc.backward(terms.total/len(batches))
+            terms = self.losses(b.to(self.acc.device), noise, post, t, weight=weight, pick=pick); self.acc.backward(terms.total/len(batches))
         done.append((t, {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()}, terms.total.item()))
     norm = self.acc.clip_grad_norm_([p for p in self.branch.parameters() if p.requires_grad], c.max_grad_norm)
     self.step_done += 1; self.norm = float(norm)
@@ -244,7 +256,7 @@ def checkpoint(self:Trainer):
 
 # %% ../nbs/05_train.ipynb #79d2e2a7
 _MAY_CHANGE = {"resume", "out_dir", "max_steps", "cache_dir", "data_root", "log_steps", "sample_interval", "sample_prompts", "sample_steps", "sample_scheduler", "guidance_scale", "checkpointing_steps",
-               "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing"}
+               "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing", "checkpoint_branch", "checkpoint_unet", "checkpoint_vae", "decode_batch", "fused_adam", "channels_last", "torch_compile"}
 
 @patch
 def go_on(self:Trainer):
