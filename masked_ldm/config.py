@@ -20,7 +20,7 @@ _PRESETS = dict(
     tiny=dict(base="tiny", lpips_net="tiny", face_net="tiny", size=64, max_steps=400, batch_size=8, learning_rate=3e-4, lr_warmup_steps=10, checkpointing_steps=200, sample_interval=200, log_steps=5,
               sample_steps=20, sample_scheduler="dpm", guidance_scale=3., val_pictures=48, mixed_precision="no", dataloader_num_workers=0),
     sd15=dict(base="sd15", lpips_net="vgg", face_net="vggface2", size=512, max_steps=12*37470, batch_size=1, learning_rate=1e-5, lr_warmup_steps=0, checkpointing_steps=2000, sample_interval=2000, log_steps=50,
-              sample_steps=50, sample_scheduler="ddim", guidance_scale=9., val_pictures=64, mixed_precision="bf16", dataloader_num_workers=4))
+              sample_steps=50, sample_scheduler="ddim", guidance_scale=9., val_pictures=64, mixed_precision="bf16", dataloader_num_workers=4, cache_latents=None))
 _PRESETS["sd15-12gb"] = dict(_PRESETS["sd15"], gradient_checkpointing=True)
 
 def _opt(default, help, choices=None): return field(default=default, metadata=dict(help=help, choices=choices))
@@ -49,7 +49,8 @@ class TrainConfig:
     dataloader_num_workers: int = _opt(0, "processes that read pictures")
     base: str = _opt("tiny", "frozen base: tiny, sd15, a folder or a hub id")
     out_dir: typing.Optional[str] = _opt(None, "run folder; runs/PRESET or the next free runs/PRESET-N if not given")
-    cache_dir: str = _opt("runs/cache", "where drawn worlds and manifests are kept")
+    cache_dir: str = _opt("runs/cache", "where drawn worlds, manifests and latents are kept")
+    cache_latents: typing.Optional[bool] = _opt(False, "encode each picture and caption once and keep that in cache_dir; the sd15 presets do where it pays: if the run sees a picture more than twice")
     max_steps: int = _opt(400, "optimiser steps")
     batch_size: int = _opt(8, "pictures a step, over all processes and accumulation")
     gradient_accumulation_steps: int = _opt(1, "parts a step is cut into, to save memory")

@@ -21,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
+from .cache import LatentCache, build_cache
 from .checkpoint import Stopped, latest_checkpoint, load_checkpoint, save_checkpoint, stop_requests
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
 from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_network
@@ -94,6 +95,7 @@ class Trainer:
         with self.acc.main_process_first():                    # downloads, drawn worlds and manifests are made once
             self.base, lpips, face, *self.judges = load_networks(c, self.acc.device)
             self.train_set, self.val_set, self.manifests = load_data(c)
+        self.keep_latents()
         branch = make_branch(self.base.unet, self.base.f)
         if c.mixed_precision == "bf16": self.base.unet.to(torch.bfloat16); self.base.text_encoder.to(torch.bfloat16)  # frozen, and autocast would copy them every step
         set_up(c, dict(branch=branch, unet=self.base.unet, vae=self.base.vae))
@@ -113,6 +115,17 @@ class Trainer:
         if found < 2: self.acc.print(f"only {found} usable face(s) in the training pictures at {self.config.size} px: the face loss is not calibrated"); return
         b = collate(picked); face.calibrate(b.pixels.to(self.acc.device), b.boxes.to(self.acc.device))
 
+# %% ../nbs/05_train.ipynb #9485ca4a
+@patch
+def keep_latents(self:Trainer):
+    "Let the training set read its latents and text embeddings from disk, and make what is missing there, if the run is to have that."
+    c, s = self.config, self.train_set
+    if not (c.max_steps*c.batch_size > 2*len(s) if c.cache_latents is None else c.cache_latents): return   # a cache costs two encodings of each picture
+    folder = Path(c.cache_dir)/f"{self.manifests['train'].parent.name}-latents-{Path(c.base).name}-{c.size}-{getattr(s, 'crop', 'center')}-{c.mixed_precision}"
+    made = build_cache(s, self.base, folder, c.mixed_precision, (self.acc.process_index, self.acc.num_processes), workers=c.dataloader_num_workers)
+    self.acc.wait_for_everyone(); s.cache = LatentCache(folder)
+    self.acc.print(f"latents and text embeddings of {len(s)} pictures are read from {folder}" + (f"; {len(made)} shard(s) were made" if made else ""))
+
 # %% ../nbs/05_train.ipynb #cafbbfd9
 @patch
 def losses(self:Trainer, batch, # `Batch`
@@ -123,7 +136,7 @@ def losses(self:Trainer, batch, # `Batch`
           ): # `Terms` of the objective
     "Noise a batch, predict, estimate x_0, apply the objective."
     dev = self.acc.device; noise, post, t = noise.to(dev), post.to(dev), t.to(dev)
-    with self.acc.autocast(): z, emb = self.base.encode(batch.pixels, post), self.base.embed(batch.captions)
+    with self.acc.autocast(): z, emb = (self.base.encode(batch.pixels, post), self.base.embed(batch.captions)) if batch.moments is None else (self.base.draw(batch.moments, post), batch.text.float())
     x_t = self.base.scheduler.add_noise(z, noise, t)
     with self.acc.autocast(): out = (ControlledUNet(self.base.unet, branch) if branch else self.model)(x_t, t, emb).sample.float()
     l_ldm, x0_hat = F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
@@ -256,7 +269,7 @@ def checkpoint(self:Trainer):
 
 # %% ../nbs/05_train.ipynb #79d2e2a7
 _MAY_CHANGE = {"resume", "out_dir", "max_steps", "cache_dir", "data_root", "log_steps", "sample_interval", "sample_prompts", "sample_steps", "sample_scheduler", "guidance_scale", "checkpointing_steps",
-               "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing", "checkpoint_branch", "checkpoint_unet", "checkpoint_vae", "decode_batch", "fused_adam", "channels_last", "torch_compile"}
+               "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing", "checkpoint_branch", "checkpoint_unet", "checkpoint_vae", "decode_batch", "fused_adam", "channels_last", "torch_compile", "cache_latents"}
 
 @patch
 def go_on(self:Trainer):
@@ -338,8 +351,11 @@ def end(self:Trainer):
 @patch
 def _empty(self:Trainer, batch):
     "Drop captions, by key, for classifier-free guidance."
-    p = self.config.proportion_empty_prompts
-    if p: batch.captions = ["" if int(hashlib.blake2b(f"{self.config.seed}/{self.step_done}/{i}".encode(), digest_size=4).hexdigest(), 16)/2**32 < p else s for i, s in zip(batch.image_ids, batch.captions)]
+    c = self.config
+    for k, i in enumerate(batch.image_ids if c.proportion_empty_prompts else ()):
+        if int(hashlib.blake2b(f"{c.seed}/{self.step_done}/{i}".encode(), digest_size=4).hexdigest(), 16)/2**32 < c.proportion_empty_prompts:
+            batch.captions[k] = ""
+            if batch.text is not None: batch.text[k] = self.train_set.cache.empty
     return batch
 
 # %% ../nbs/05_train.ipynb #fad596f0
