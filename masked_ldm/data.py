@@ -16,9 +16,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from .coco import Rule, read_json, select_pictures
+from .coco import read_json
 from .face_loss import detect_faces
 from .show import progress
+from .subset import Rule, select_pictures
 
 # %% ../nbs/01_data.ipynb #be72d6fc
 def face_rows(row,       # manifest row
