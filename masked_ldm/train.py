@@ -58,7 +58,7 @@ def load_data(config): # `TrainConfig`
     "(training `PersonDataset`, validation `PersonDataset` or None, {split: manifest path}); draws the built-in world if there is no `data_root`."
     root = Path(config.data_root) if config.data_root else write_world(Path(config.cache_dir)/f"world{WORLD_VERSION}-{config.size}-{config.world_pictures}-{config.val_pictures}", config.world_pictures, config.val_pictures, config.size, workers=min(8, os.cpu_count() or 1))
     paths = {s: _manifest(config, root, s) for s in ("train", "val")[:2 if config.val_pictures else 1]}
-    train_set, val_set = PersonDataset(paths["train"], config.size, config.seed), PersonDataset(paths["val"], config.size) if "val" in paths else None
+    train_set, val_set = PersonDataset(paths["train"], config.size, config.seed, crop=config.crop), PersonDataset(paths["val"], config.size, crop=config.crop) if "val" in paths else None
     if len(train_set) < config.batch_size: raise ConfigError(f"batch_size {config.batch_size} is more than the {len(train_set)} pictures that {root} has after filtering")
     return train_set, val_set, paths
 
