@@ -8,6 +8,7 @@ __all__ = ['ConfigError', 'TrainConfig', 'told']
 # %% ../nbs/05a_config.ipynb #9b803517
 import difflib, math, typing
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import patch
 
@@ -60,7 +61,18 @@ class TrainConfig:
     adam_weight_decay: float = _opt(.01, "of AdamW")
     max_grad_norm: float = _opt(1., "gradient norm is clipped to this")
     mixed_precision: str = _opt("no", "autocast of the networks; losses stay float32", ("no", "bf16"))
-    gradient_checkpointing: bool = _opt(False, "recompute activations of branch, UNet and VAE decoder")
+    gradient_checkpointing: bool = _opt(False, "recompute activations: short for the next three together")
+    checkpoint_branch: bool = _opt(False, "recompute activations of the branch")
+    checkpoint_unet: bool = _opt(False, "recompute activations of the UNet's decoder half")
+    checkpoint_vae: bool = _opt(False, "recompute activations of the VAE decoder")
+    stratified_t: bool = _opt(False, "spread a step's timesteps evenly: always the same number below T, weighed so that nothing is biased")
+    max_decoded: int = _opt(0, "most samples a step decodes, drawn at random and weighed so that nothing is biased; 0: all with t < T")
+    decode_batch: int = _opt(0, "samples of a process decoded and judged at a time; 0: all at once")
+    decode: str = _opt("full", "decode whole pictures, or only a window around people and faces (not exact)", ("full", "crop"))
+    fused_adam: bool = _opt(True, "AdamW in one kernel")
+    use_8bit_adam: bool = _opt(False, "AdamW with 8-bit moments; needs bitsandbytes")
+    channels_last: bool = _opt(False, "memory order of pictures in the networks")
+    torch_compile: bool = _opt(False, "compile UNet, branch and VAE decoder for fixed shapes")
     seed: int = _opt(0, "of data order, augmentation, noise and timesteps")
     resume: typing.Optional[str] = _opt(None, "latest, or a checkpoint folder")
     checkpointing_steps: int = _opt(200, "steps between checkpoints")
@@ -100,7 +112,7 @@ def make(cls:TrainConfig, **given): # settings by name; None means: the preset's
 
 # %% ../nbs/05a_config.ipynb #6832deb9
 _LEAST = dict(max_steps=1, batch_size=1, gradient_accumulation_steps=1, world_pictures=1, val_pictures=0, checkpointing_steps=1, checkpoints_total_limit=1, log_steps=1, sample_interval=1, sample_steps=1,
-              lr_warmup_steps=0, lambda_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0)
+              lr_warmup_steps=0, lambda_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0, max_decoded=0, decode_batch=0)
 
 @patch
 def check(self:TrainConfig):
@@ -117,6 +129,8 @@ def check(self:TrainConfig):
     for k in ("min_area", "proportion_empty_prompts", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(self, k) < 1: raise ConfigError(f"{k} must be in [0, 1), not {getattr(self, k)}")
     if self.batch_size % self.gradient_accumulation_steps: raise ConfigError(f"batch_size {self.batch_size} cannot be cut into gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts")
+    if self.stratified_t and self.batch_size < 2 and 0 < self.T < 1000: raise ConfigError("stratified_t needs batch_size 2 or more: a step of one picture has one timestep, below T or not")
+    if self.use_8bit_adam and not find_spec("bitsandbytes"): raise ConfigError("use_8bit_adam needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or leave the switch off")
     if self.data_root is None and self.base != "tiny": raise ConfigError(f"data_root is needed with base {self.base!r}: the folder of a COCO 2017 data set (annotations/, train2017/, val2017/)")
     if self.data_root is not None: _check_root(Path(self.data_root))
 

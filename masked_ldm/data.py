@@ -16,9 +16,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from .coco import Rule, read_json, select_pictures
+from .coco import no_gc, read_json
 from .face_loss import detect_faces
 from .show import progress
+from .subset import Rule, select_pictures
 
 # %% ../nbs/01_data.ipynb #be72d6fc
 def face_rows(row,       # manifest row
@@ -34,6 +35,7 @@ def face_rows(row,       # manifest row
 # %% ../nbs/01_data.ipynb #35f2dd22
 MANIFEST_VERSION = 2
 
+@no_gc()
 def build_manifest(root,          # COCO 2017 root
                    split="train", # "train" or "val"
                    out=None,      # folder to write to; None: beside the pictures, where `imagefolder` looks
@@ -56,11 +58,14 @@ def build_manifest(root,          # COCO 2017 root
 
 def _write_manifest(rows, out, info):
     "metadata.jsonl and manifest.json, each whole."
-    sha = lambda s: hashlib.sha256(s.encode()).hexdigest(); text = "".join(json.dumps(r)+"\n" for r in rows)
-    info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows),
-                content=sha(json.dumps([dict(r, file_name=Path(r["file_name"]).name) for r in rows])), sha256=sha(text))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, body in (("metadata.jsonl", text), ("manifest.json", json.dumps(info, indent=1))): (out/(name+".tmp")).write_text(body); os.replace(out/(name+".tmp"), out/name)
+    whole, content = hashlib.sha256(), hashlib.sha256(b"["); out.mkdir(parents=True, exist_ok=True)
+    with open(out/"metadata.jsonl.tmp", "wb") as f:
+        for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
+            rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
+            content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
+    content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
+    (out/"manifest.json.tmp").write_text(json.dumps(info, indent=1))
+    for name in ("metadata.jsonl", "manifest.json"): os.replace(out/(name+".tmp"), out/name)
 
 # %% ../nbs/01_data.ipynb #ba829a95
 def load_manifest(path): # of metadata.jsonl
