@@ -10,21 +10,28 @@ __all__ = ['flat_state', 'load_flat_state', 'save_checkpoint', 'verify', 'latest
 import hashlib, json, os, re, shutil, signal, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/05b_checkpoint.ipynb #0c47e67e
-def flat_state(optimizer): # torch optimiser whose state is tensors
+def _flat(state, at): # tensors and whole numbers, in dicts in dicts
+    for k, v in state.items(): yield from _flat(v, f"{at}{k}.") if isinstance(v, dict) else [(f"{at}{k}", torch.as_tensor(v).detach().to("cpu", copy=k.startswith("qmap")).contiguous())]   # 8-bit AdamW shares its maps
+
+def flat_state(optimizer): # torch optimiser whose state is tensors and whole numbers, bitsandbytes' too
     "({'0.exp_avg': tensor, ...}, param_groups) of an optimiser."
     s = optimizer.state_dict()
-    return {f"{i}.{k}": v.detach().cpu().contiguous() for i, st in s["state"].items() for k, v in st.items()}, s["param_groups"]
+    return dict(_flat(s["state"], "")), s["param_groups"]
 
 def load_flat_state(optimizer, tensors, groups): # as `flat_state` returned them
     "Put a flat state back. Raises ValueError if it belongs to other weights."
     have = optimizer.state_dict()["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in have]: raise ValueError("the checkpoint's optimizer belongs to another set of weights")
     state = {}
-    for key, v in tensors.items(): i, name = key.split("."); state.setdefault(int(i), {})[name] = v
+    for key, v in tensors.items():
+        i, *path, name = key.split("."); at = state.setdefault(int(i), {})
+        for p in path: at = at.setdefault(p, {})
+        at[name] = v if v.ndim or v.is_floating_point() else v.item()
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 # %% ../nbs/05b_checkpoint.ipynb #31b66a86

@@ -8,6 +8,7 @@ __all__ = ['ConfigError', 'TrainConfig', 'told']
 # %% ../nbs/05a_config.ipynb #9b803517
 import difflib, math, typing
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import patch
 
@@ -19,7 +20,7 @@ _PRESETS = dict(
     tiny=dict(base="tiny", lpips_net="tiny", face_net="tiny", size=64, max_steps=400, batch_size=8, learning_rate=3e-4, lr_warmup_steps=10, checkpointing_steps=200, sample_interval=200, log_steps=5,
               sample_steps=20, sample_scheduler="dpm", guidance_scale=3., val_pictures=48, mixed_precision="no", dataloader_num_workers=0),
     sd15=dict(base="sd15", lpips_net="vgg", face_net="vggface2", size=512, max_steps=12*37470, batch_size=1, learning_rate=1e-5, lr_warmup_steps=0, checkpointing_steps=2000, sample_interval=2000, log_steps=50,
-              sample_steps=50, sample_scheduler="ddim", guidance_scale=9., val_pictures=64, mixed_precision="bf16", dataloader_num_workers=4))
+              sample_steps=50, sample_scheduler="ddim", guidance_scale=9., val_pictures=64, mixed_precision="bf16", dataloader_num_workers=4, cache_latents=None))
 _PRESETS["sd15-12gb"] = dict(_PRESETS["sd15"], gradient_checkpointing=True)
 
 def _opt(default, help, choices=None): return field(default=default, metadata=dict(help=help, choices=choices))
@@ -48,7 +49,8 @@ class TrainConfig:
     dataloader_num_workers: int = _opt(0, "processes that read pictures")
     base: str = _opt("tiny", "frozen base: tiny, sd15, a folder or a hub id")
     out_dir: typing.Optional[str] = _opt(None, "run folder; runs/PRESET or the next free runs/PRESET-N if not given")
-    cache_dir: str = _opt("runs/cache", "where drawn worlds and manifests are kept")
+    cache_dir: str = _opt("runs/cache", "where drawn worlds, manifests and latents are kept")
+    cache_latents: typing.Optional[bool] = _opt(False, "encode each picture and caption once and keep that in cache_dir; the sd15 presets do where it pays: if the run sees a picture more than twice")
     max_steps: int = _opt(400, "optimiser steps")
     batch_size: int = _opt(8, "pictures a step, over all processes and accumulation")
     gradient_accumulation_steps: int = _opt(1, "parts a step is cut into, to save memory")
@@ -59,7 +61,18 @@ class TrainConfig:
     adam_weight_decay: float = _opt(.01, "of AdamW")
     max_grad_norm: float = _opt(1., "gradient norm is clipped to this")
     mixed_precision: str = _opt("no", "autocast of the networks; losses stay float32", ("no", "bf16"))
-    gradient_checkpointing: bool = _opt(False, "recompute activations of branch, UNet and VAE decoder")
+    gradient_checkpointing: bool = _opt(False, "recompute activations: short for the next three together")
+    checkpoint_branch: bool = _opt(False, "recompute activations of the branch")
+    checkpoint_unet: bool = _opt(False, "recompute activations of the UNet's decoder half")
+    checkpoint_vae: bool = _opt(False, "recompute activations of the VAE decoder")
+    stratified_t: bool = _opt(False, "spread a step's timesteps evenly: always the same number below T, weighed so that nothing is biased")
+    max_decoded: int = _opt(0, "most samples a step decodes, drawn at random and weighed so that nothing is biased; 0: all with t < T")
+    decode_batch: int = _opt(0, "samples of a process decoded and judged at a time; 0: all at once")
+    decode: str = _opt("full", "decode whole pictures, or only a window around people and faces (not exact)", ("full", "crop"))
+    fused_adam: bool = _opt(True, "AdamW in one kernel")
+    use_8bit_adam: bool = _opt(False, "AdamW with 8-bit moments; needs bitsandbytes")
+    channels_last: bool = _opt(False, "memory order of pictures in the networks")
+    torch_compile: bool = _opt(False, "compile UNet, branch and VAE decoder for fixed shapes")
     seed: int = _opt(0, "of data order, augmentation, noise and timesteps")
     resume: typing.Optional[str] = _opt(None, "latest, or a checkpoint folder")
     checkpointing_steps: int = _opt(200, "steps between checkpoints")
@@ -99,7 +112,7 @@ def make(cls:TrainConfig, **given): # settings by name; None means: the preset's
 
 # %% ../nbs/05a_config.ipynb #6832deb9
 _LEAST = dict(max_steps=1, batch_size=1, gradient_accumulation_steps=1, world_pictures=1, val_pictures=0, checkpointing_steps=1, checkpoints_total_limit=1, log_steps=1, sample_interval=1, sample_steps=1,
-              lr_warmup_steps=0, lambda_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0)
+              lr_warmup_steps=0, lambda_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0, max_decoded=0, decode_batch=0)
 
 @patch
 def check(self:TrainConfig):
@@ -116,6 +129,8 @@ def check(self:TrainConfig):
     for k in ("min_area", "proportion_empty_prompts", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(self, k) < 1: raise ConfigError(f"{k} must be in [0, 1), not {getattr(self, k)}")
     if self.batch_size % self.gradient_accumulation_steps: raise ConfigError(f"batch_size {self.batch_size} cannot be cut into gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts")
+    if self.stratified_t and self.batch_size < 2 and 0 < self.T < 1000: raise ConfigError("stratified_t needs batch_size 2 or more: a step of one picture has one timestep, below T or not")
+    if self.use_8bit_adam and not find_spec("bitsandbytes"): raise ConfigError("use_8bit_adam needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or leave the switch off")
     if self.data_root is None and self.base != "tiny": raise ConfigError(f"data_root is needed with base {self.base!r}: the folder of a COCO 2017 data set (annotations/, train2017/, val2017/)")
     if self.data_root is not None: _check_root(Path(self.data_root))
 

@@ -107,20 +107,29 @@ class PersonDataset(torch.utils.data.Dataset):
                  size,            # side of the pictures, pixels
                  seed=0,          # of the augmentation
                  flip=.5,         # chance of a mirrored picture
-                 min_visible=.5): # share of a face box that must survive the crop
-        self.rows, self.info = load_manifest(manifest)
+                 min_visible=.5,  # share of a face box that must survive the crop
+                 cache=None):     # `LatentCache` of these pictures: samples then bring their `moments` and `text`
+        self.cache, self.rows, self.info = cache, *load_manifest(manifest)
         self.folder, self.size, self.seed, self.flip, self.min_visible = Path(manifest).parent, size, seed, flip, min_visible
 
     def __len__(self): return len(self.rows)
 
     def __getitem__(self, key): # i, or (epoch, i) for an augmented sample
-        "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id."
+        "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."
         epoch, i = key if isinstance(key, tuple) else (None, key); r = self.rows[i]; path = self.folder/r["file_name"]
-        rng = np.random.default_rng([self.seed, 0 if epoch is None else epoch+1, r["image_id"]])
-        flip, k = (False, 0) if epoch is None else (rng.random() < self.flip, rng.integers(len(r["captions"])))
         try: image = Image.open(path).convert("RGB")
         except OSError as e: raise OSError(f"picture {path} cannot be read ({e}); remove it or fetch it again, and build the manifest anew") from None
         if image.size != (r["width"], r["height"]): raise ValueError(f"picture {path} is {image.size}, its annotation says {(r['width'], r['height'])}")
+        flip, k = self.chance(epoch, r); s = self.sample(r, image, flip, k)
+        return s if self.cache is None else dict(s, **self.cache.read(i, flip, k))
+
+    def chance(self, epoch, r): # None, or the number of the epoch; manifest row
+        "(mirror the picture?, number of the caption), a function of seed, epoch and picture."
+        rng = np.random.default_rng([self.seed, 0 if epoch is None else epoch+1, r["image_id"]])
+        return (False, 0) if epoch is None else (bool(rng.random() < self.flip), int(rng.integers(len(r["captions"]))))
+
+    def sample(self, r, image, flip=False, k=0): # manifest row; its picture, PIL RGB; mirror it?; number of the caption
+        "The sample of one picture, wherever that came from."
         own = [p for p in r["people"] if not p["iscrowd"]]
         masks = np.stack([rle.decode(p["segmentation"]) for p in own])
         pixels, people, boxes, joints = transform(image, masks, [f["box"] for f in r["faces"]], torch.tensor([p["keypoints"] for p in own]).view(-1, 17, 3), self.size, flip, self.min_visible)
@@ -138,6 +147,8 @@ class Batch:
     joints: torch.Tensor        # (K,17,3)
     captions: list
     image_ids: list
+    moments: torch.Tensor = None # (B,8,h,w) mean and log-variance of the latents, if there is a cache
+    text: torch.Tensor = None    # (B,77,D) embeddings of the captions, if there is a cache
 
     def to(self, device):
         "The same batch on another device."
@@ -150,7 +161,8 @@ def collate(samples): # list of `PersonDataset` samples
     n = torch.tensor([len(s["people"]) for s in samples])
     rows = [torch.cat([torch.full((len(s["boxes"]), 1), float(i)), s["boxes"]], 1) for i, s in enumerate(samples)]
     return Batch(torch.stack([s["pixels"] for s in samples]), torch.stack([s["mask"] for s in samples]), torch.cat([s["people"] for s in samples])[:, None],
-                 torch.arange(len(samples)).repeat_interleave(n), torch.cat(rows), torch.cat([s["joints"] for s in samples]), [s["caption"] for s in samples], [s["image_id"] for s in samples])
+                 torch.arange(len(samples)).repeat_interleave(n), torch.cat(rows), torch.cat([s["joints"] for s in samples]), [s["caption"] for s in samples], [s["image_id"] for s in samples],
+                 *(torch.stack([s[k] for s in samples]) if k in samples[0] else None for k in ("moments", "text")))
 
 # %% ../nbs/01_data.ipynb #026c3893
 def batch_keys(n,          # pictures in the data set
