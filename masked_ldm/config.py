@@ -135,8 +135,11 @@ def check(self:TrainConfig):
     if self.data_root is not None: _check_root(Path(self.data_root))
 
 def _check_root(root):
-    "Is there a COCO root? Looks at names only."
+    "Is there a COCO root, or a folder of manifests? Looks at names only."
     if not root.is_dir(): raise ConfigError(f"data_root {root} is not a folder")
+    made = [s for s in ("train", "val") if (root/s/"manifest.json").is_file()]
+    if made == ["val"] or (made and not (root/"annotations").is_dir() and len(made) < 2): raise ConfigError(f"data_root {root} has a manifest of {made[0]} only: make the other with masked-ldm-data build, into the same folder")
+    if made: return
     lost = [p for p in (f"{kind}_{s}2017.json" for s in ("train", "val") for kind in ("instances", "captions")) if not (root/"annotations"/p).is_file()] 
     lost = [f"annotations/{p}" for p in lost] + [f"{s}2017/" for s in ("train", "val") if not (root/f"{s}2017").is_dir()]
     if lost: raise ConfigError(f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(lost)}")
