@@ -39,9 +39,9 @@ class TrainConfig:
     per_person: bool = _opt(False, "average LPIPS within each person first")
     lpips_net: str = _opt("tiny", "network of masked LPIPS", ("tiny", "vgg", "alex", "squeeze"))
     face_net: str = _opt("tiny", "network of the face loss", ("tiny", "vggface2", "casia-webface"))
-    data_root: typing.Optional[str] = _opt(None, "a COCO 2017 root; the built-in world if not given")
+    data_root: typing.Optional[str] = _opt(None, "a COCO 2017 root, or a folder of manifests from masked-ldm-data build; the built-in world if not given")
     size: int = _opt(64, "side of the pictures, pixels")
-    min_area: float = _opt(.05, "share of a picture that people must cover")
+    min_area: float = _opt(.05, "share of a picture that people must cover, where the manifest is made by the run")
     faces: str = _opt("auto", "where face boxes come from", ("auto", "annotation", "keypoints", "mtcnn", "none"))
     crop: str = _opt("center", "square of a picture: its middle as in the paper, or the one that keeps faces, then people", ("center", "people"))
     world_pictures: int = _opt(1200, "training pictures of the built-in world")
@@ -148,8 +148,11 @@ def check(self:TrainConfig):
     if self.data_root is not None: _check_root(Path(self.data_root))
 
 def _check_root(root):
-    "Is there a COCO root? Looks at names only."
+    "Is there a COCO root, or a folder of manifests? Looks at names only."
     if not root.is_dir(): raise ConfigError(f"data_root {root} is not a folder")
+    made = [s for s in ("train", "val") if (root/s/"manifest.json").is_file()]
+    if len(made) == 2: return
+    if made: raise ConfigError(f"data_root {root} has a manifest of {made[0]} only: make the other with masked-ldm-data build, into the same folder")
     lost = [p for p in (f"{kind}_{s}2017.json" for s in ("train", "val") for kind in ("instances", "captions")) if not (root/"annotations"/p).is_file()] 
     lost = [f"annotations/{p}" for p in lost] + [f"{s}2017/" for s in ("train", "val") if not (root/f"{s}2017").is_dir()]
     if lost: raise ConfigError(f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(lost)}")

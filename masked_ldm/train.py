@@ -50,6 +50,7 @@ def run_folder(config): # `TrainConfig`
 # %% ../nbs/05_train.ipynb #49a0e079
 def _manifest(config, root, split):
     "Path of the split's manifest, built if it is not there."
+    if (root/split/"manifest.json").is_file(): return root/split/"metadata.jsonl"   # made by masked-ldm-data: min_area and faces are the manifest's
     notes = sorted((root/"annotations").glob(f"*_{split}2017.json")); key = [MANIFEST_VERSION, str(root.resolve()), split, config.min_area, config.faces, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in notes]]
     out = Path(config.cache_dir)/f"{root.name}-{split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]}"
     return out/"metadata.jsonl" if (out/"manifest.json").is_file() else build_manifest(root, split, out, config.min_area, config.faces, "cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +60,7 @@ def load_data(config): # `TrainConfig`
     root = Path(config.data_root) if config.data_root else write_world(Path(config.cache_dir)/f"world{WORLD_VERSION}-{config.size}-{config.world_pictures}-{config.val_pictures}", config.world_pictures, config.val_pictures, config.size, workers=min(8, os.cpu_count() or 1))
     paths = {s: _manifest(config, root, s) for s in ("train", "val")[:2 if config.val_pictures else 1]}
     train_set, val_set = PersonDataset(paths["train"], config.size, config.seed, crop=config.crop), PersonDataset(paths["val"], config.size, crop=config.crop) if "val" in paths else None
+    if val_set and (both := {r["image_id"] for r in train_set.rows} & {r["image_id"] for r in val_set.rows}): raise ConfigError(f"{len(both)} pictures of {root} are in train and in val, the first is image {min(both)}: training and validation must not share pictures")
     if len(train_set) < config.batch_size: raise ConfigError(f"batch_size {config.batch_size} is more than the {len(train_set)} pictures that {root} has after filtering")
     return train_set, val_set, paths
 
@@ -135,7 +137,7 @@ def keep_latents(self:Trainer):
     "Let the training set read its latents and text embeddings from disk, and make what is missing there, if the run is to have that."
     c, s = self.config, self.train_set
     if not (c.max_steps*c.batch_size > 2*len(s) if c.cache_latents is None else c.cache_latents): return   # a cache costs two encodings of each picture
-    folder = Path(c.cache_dir)/f"{self.manifests['train'].parent.name}-latents-{Path(c.base).name}-{c.size}-{getattr(s, 'crop', 'center')}-{c.mixed_precision}"
+    folder = Path(c.cache_dir)/f"{s.info['content'][:10]}-latents-{Path(c.base).name}-{c.size}-{getattr(s, 'crop', 'center')}-{c.mixed_precision}"
     made = build_cache(s, self.base, folder, c.mixed_precision, (self.acc.process_index, self.acc.num_processes), workers=c.dataloader_num_workers)
     self.acc.wait_for_everyone(); s.cache = LatentCache(folder)
     self.acc.print(f"latents and text embeddings of {len(s)} pictures are read from {folder}" + (f"; {len(made)} shard(s) were made" if made else ""))
