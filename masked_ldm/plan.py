@@ -6,9 +6,10 @@
 __all__ = ['empty_base', 'Cost', 'cost', 'peak_memory', 'loss_networks', 'parts', 'decoded_samples', 'Plan', 'plan', 'throughput']
 
 # %% ../nbs/05c_plan.ipynb #4c8a51bb
-import json, math, time
+import json, math, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 import lpips, torch
 import torch.nn.functional as F
@@ -93,8 +94,10 @@ def peak_memory(f,            # function of nothing
     return out, most/2**30
 
 # %% ../nbs/05c_plan.ipynb #f2a88ead
+@lru_cache
 def _loss_net(name): # of LPIPS or the face loss -> (the network without content, side of the pictures it is shown or None)
-    with _FAKE:
+    with _FAKE, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)   # lpips uses old names of torchvision
         if name in ("vgg", "alex", "squeeze"): return lpips.LPIPS(net=name, pretrained=False, pnet_rand=True, verbose=False).net.requires_grad_(False).eval(), None
         if name in ("vggface2", "casia-webface"): return InceptionResnetV1().requires_grad_(False).eval(), 160
         c = json.loads((Path(BASES["tiny"])/name/"config.json").read_text()); return TapNet(c["widths"], c["size"]).requires_grad_(False).eval(), c["size"] if "face" in name else None
@@ -108,26 +111,30 @@ def loss_networks(config): # `TrainConfig`
     return {k: (net, side or c.size) for k, v in nets.items() for net, side in [_loss_net(v)]}
 
 # %% ../nbs/05c_plan.ipynb #f85e9415
-def parts(config, # `TrainConfig`
-          nets=None): # from `empty_base`
+def parts(config): # `TrainConfig`
     "{part: `Cost` of one sample} of a run's step."
-    bf16, n = config.mixed_precision == "bf16", nets or _nets(config); unet, branch, vae = n["unet"], n["branch"], n["vae"]
-    side = config.size//2**(len(vae.config.block_out_channels)-1); recompute(n, recomputed(config))
+    judged = {k: _both_sides(k, *v, config.mixed_precision == "bf16") for k, v in loss_networks(config).items() if not k.startswith("judge")}
+    return _base_parts(config.base, config.size, config.mixed_precision == "bf16", *recomputed(config).items()) | judged
+
+@lru_cache
+def _base_parts(base, size, bf16, *on):
+    n = _nets(base, bf16); unet, branch, vae = n["unet"], n["branch"], n["vae"]; side = size//2**(len(vae.config.block_out_channels)-1); recompute(n, dict(on))
     with _FAKE:
         z, text, t = torch.empty(1, 4, side, side), torch.empty(1, 77, unet.config.cross_attention_dim), torch.zeros(1, dtype=torch.long)
-        x, latents, ids = torch.empty(1, 3, config.size, config.size), torch.empty(1, 4, side, side, requires_grad=True), torch.zeros(1, 77, dtype=torch.long)
+        x, latents, ids = torch.empty(1, 3, size, size), torch.empty(1, 4, side, side, requires_grad=True), torch.zeros(1, 77, dtype=torch.long)
     def denoise():
         down, mid = branch(z, t, text, controlnet_cond=z, return_dict=False)
         return unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     with torch.no_grad(): frozen = dict(encode=cost(lambda: vae.encode(x).latent_dist.mean, bf16), text=cost(lambda: n["text_encoder"](ids).last_hidden_state, bf16))
-    judged = {k: _both_sides(*v, bf16) for k, v in loss_networks(config).items() if not k.startswith("judge")}
-    return dict(frozen, denoise=cost(denoise, bf16), decode=cost(lambda: vae.decode(latents).sample, bf16), **judged)
+    return dict(frozen, denoise=cost(denoise, bf16), decode=cost(lambda: vae.decode(latents).sample, bf16))
 
-def _nets(config): return empty_base(config.base, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+@lru_cache
+def _nets(base, bf16): return empty_base(base, torch.bfloat16 if bf16 else torch.float32)
 
 def _last(out): return out if torch.is_tensor(out) else out[-1]
 
-def _both_sides(net, side, bf16): # the prediction with gradient, the truth without
+@lru_cache
+def _both_sides(role, net, side, bf16): # the prediction with gradient, the truth without
     with _FAKE: x, pred = torch.empty(1, 3, side, side), torch.empty(1, 3, side, side, requires_grad=True)
     with torch.no_grad(): truth = cost(lambda: _last(net(x)), bf16)
     return truth + cost(lambda: _last(net(pred)), bf16)
@@ -144,7 +151,7 @@ def decoded_samples(config): # `TrainConfig`
 @dataclass
 class Plan:
     "What a step of one process is going to cost."
-    memory: dict  # {name: GiB}, with `total`
+    memory: dict  # {name: GiB}, with the peak as `total`
     work: dict    # {name: TFLOP a step}, with `total`
     speed: float = None # TFLOP a second of the device, from `throughput`
 
@@ -159,14 +166,15 @@ def plan(config,     # `TrainConfig`
          cached=None, # are latents and text read from a cache? None: as the config says
          speed=None): # TFLOP a second, from `throughput`
     "The `Plan` of a run, before anything is loaded."
-    c, nets = config, _nets(config); p = parts(c, nets); B = -(-c.batch_size//processes); share = -(-B//c.gradient_accumulation_steps); most, mean = decoded_samples(c)
+    c, nets, p = config, _nets(config.base, config.mixed_precision == "bf16"), parts(config); B = -(-c.batch_size//processes); share = -(-B//c.gradient_accumulation_steps); most, mean = decoded_samples(c)
     cached = getattr(c, "cache_latents", False) if cached is None else cached; held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
     trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad)/2**30; once = sum((v for k, v in p.items() if k in ("lpips", "face")), p["decode"])
     n = min(share, most); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
     memory = dict(weights=sum(map(held, nets.values())), losses=sum(held(m) for m, _ in loss_networks(c).values()), gradients=4*trained, adamw=(2 if c.use_8bit_adam else 8)*trained, denoise=share*p["denoise"].kept,
                   decode=n*once.kept, transient=n*4*4*nets["vae"].config.block_out_channels[1]*c.size**2/2**30)
     work = dict(encode=0. if cached else B*p["encode"].forward, text=0. if cached else B*p["text"].forward, denoise=B*both(p["denoise"]), decode=mean/processes*both(once))
-    return Plan(dict(memory, total=sum(memory.values())), dict(work, total=sum(work.values())), speed)
+    m = dict(memory); g, d = m.pop("gradients"), m.pop("decode") + m.pop("transient"); peak = sum(m.values()) + (g + d if processes > 1 or c.gradient_accumulation_steps > 1 else max(g, d))
+    return Plan(dict(memory, total=peak), dict(work, total=sum(work.values())), speed)
 
 # %% ../nbs/05c_plan.ipynb #b91949eb
 def throughput(device="cpu", # where

@@ -21,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch.utils.data import DataLoader
+from .budget import announced
 from .checkpoint import Stopped, latest_checkpoint, load_checkpoint, save_checkpoint, stop_requests
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
 from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_network
@@ -91,6 +92,7 @@ class Trainer:
         self.acc = Accelerator(mixed_precision=c.mixed_precision, log_with=None if c.report_to == "none" else c.report_to, project_config=ProjectConfiguration(str(path), str(path)))
         if c.batch_size % (parts := c.gradient_accumulation_steps*self.acc.num_processes): raise ConfigError(f"batch_size {c.batch_size} is the whole batch and must be a multiple of {parts}: {self.acc.num_processes} process(es) times gradient_accumulation_steps {c.gradient_accumulation_steps}")
         self.share = c.batch_size//parts                       # pictures a process sees at once
+        if self.acc.is_main_process and (said := announced(c, self.acc.device, self.acc.num_processes)): self.acc.print(said)
         with self.acc.main_process_first():                    # downloads, drawn worlds and manifests are made once
             self.base, lpips, face, *self.judges = load_networks(c, self.acc.device)
             self.train_set, self.val_set, self.manifests = load_data(c)
