@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
+from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
+from .budget import announced
 from .cache import LatentCache, build_cache
 from .checkpoint import Stopped, forget_locks, latest_checkpoint, load_checkpoint, lock, save_checkpoint, stop_requests, unlock
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
@@ -33,7 +35,6 @@ from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .show import picture_grid, progress
 from .speed import capped, compiled, make_optimizer, set_up, stratified_timesteps
 from .watch import OutOfMemory, Unimportant, advice, check_tracker, is_out_of_memory, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
-from diffusers.training_utils import EMAModel
 
 # %% ../nbs/05_train.ipynb #b916722a
 def run_folder(config): # `TrainConfig`
@@ -96,6 +97,7 @@ class Trainer:
         self.acc = Accelerator(mixed_precision=c.mixed_precision, log_with=None if c.report_to == "none" else c.report_to, project_config=ProjectConfiguration(str(path), str(path)))
         if c.batch_size % (parts := c.gradient_accumulation_steps*self.acc.num_processes): raise ConfigError(f"batch_size {c.batch_size} is the whole batch and must be a multiple of {parts}: {self.acc.num_processes} process(es) times gradient_accumulation_steps {c.gradient_accumulation_steps}")
         self.share = c.batch_size//parts                       # pictures a process sees at once
+        if self.acc.is_main_process and (said := announced(c, self.acc.device, self.acc.num_processes)): self.acc.print(said)
         with self.acc.main_process_first():                    # downloads, drawn worlds and manifests are made once
             self.base, lpips, face, *self.judges = load_networks(c, self.acc.device)
             self.train_set, self.val_set, self.manifests = load_data(c)
