@@ -15,7 +15,7 @@ import numpy as np, torch
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from .coco import read_json
+from .coco import no_gc, read_json
 from .crop import CROPS, people_offset
 from .face_pass import face_pass, merge_faces
 from .faces import FaceRule, face_rows, keypoint_faces
@@ -66,15 +66,19 @@ def _rules(min_area, given): # fields of `Rule` and `FaceRule` by name
 # %% ../nbs/01_data.ipynb #42aca3f7
 def _write_manifest(rows, out, info):
     "metadata.jsonl and manifest.json, each whole."
-    sha = lambda s: hashlib.sha256(s.encode()).hexdigest(); text = "".join(json.dumps(r)+"\n" for r in rows)
-    info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows),
-                content=sha(json.dumps([dict(r, file_name=Path(r["file_name"]).name) for r in rows])), sha256=sha(text))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, body in (("metadata.jsonl", text), ("manifest.json", json.dumps(info, indent=1))): (out/(name+".tmp")).write_text(body); os.replace(out/(name+".tmp"), out/name)
+    whole, content = hashlib.sha256(), hashlib.sha256(b"["); out.mkdir(parents=True, exist_ok=True)
+    with open(out/"metadata.jsonl.tmp", "wb") as f:
+        for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
+            rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
+            content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
+    content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
+    (out/"manifest.json.tmp").write_text(json.dumps(info, indent=1))
+    for name in ("metadata.jsonl", "manifest.json"): os.replace(out/(name+".tmp"), out/name)
 
 # %% ../nbs/01_data.ipynb #35f2dd22
 MANIFEST_VERSION = 3
 
+@no_gc()
 def build_manifest(root,          # COCO 2017 root
                    split="train", # "train" or "val"
                    out=None,      # folder to write to; None: beside the pictures, where `imagefolder` looks
@@ -154,19 +158,27 @@ class PersonDataset(torch.utils.data.Dataset):
                  seed=0,          # of the augmentation
                  flip=.5,         # chance of a mirrored picture
                  min_visible=.5,  # share of a face box that must survive the crop
+                 cache=None,      # `LatentCache` of these pictures: samples then bring their `moments` and `text`
                  crop="center"):  # square of the picture: "center", or "people" keeps faces
         if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
-        self.rows, self.info = load_manifest(manifest)
+        self.cache, self.rows, self.info = cache, *load_manifest(manifest)
         self.folder, self.size, self.seed, self.flip, self.min_visible, self.crop = Path(manifest).parent, size, seed, flip, min_visible, crop
 
     def __len__(self): return len(self.rows)
 
     def __getitem__(self, key): # i, or (epoch, i) for an augmented sample
-        "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id."
+        "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."
         epoch, i = key if isinstance(key, tuple) else (None, key); r = self.rows[i]; path = self.folder/r["file_name"]
+        flip, k = self.chance(epoch, r); s = self.sample(r, read_picture(path, (r["width"], r["height"])), flip, k)
+        return s if self.cache is None else dict(s, **self.cache.read(i, flip, k))
+
+    def chance(self, epoch, r): # None, or the number of the epoch; manifest row
+        "(mirror the picture?, number of the caption), a function of seed, epoch and picture."
         rng = np.random.default_rng([self.seed, 0 if epoch is None else epoch+1, r["image_id"]])
-        flip, k = (False, 0) if epoch is None else (rng.random() < self.flip, rng.integers(len(r["captions"])))
-        image = read_picture(path, (r["width"], r["height"]))
+        return (False, 0) if epoch is None else (bool(rng.random() < self.flip), int(rng.integers(len(r["captions"]))))
+
+    def sample(self, r, image, flip=False, k=0): # manifest row; its picture, PIL RGB; mirror it?; number of the caption
+        "The sample of one picture, wherever that came from."
         own = [p for p in r["people"] if not p["iscrowd"]]
         masks = np.stack([rle.decode(p["segmentation"]) for p in own])
         faces, marks = [f["box"] for f in r["faces"]], torch.tensor([p["keypoints"] for p in own]).view(-1, 17, 3)
@@ -185,6 +197,8 @@ class Batch:
     joints: torch.Tensor        # (K,17,3)
     captions: list
     image_ids: list
+    moments: torch.Tensor = None # (B,8,h,w) mean and log-variance of the latents, if there is a cache
+    text: torch.Tensor = None    # (B,77,D) embeddings of the captions, if there is a cache
 
     def to(self, device):
         "The same batch on another device."
@@ -197,7 +211,8 @@ def collate(samples): # list of `PersonDataset` samples
     n = torch.tensor([len(s["people"]) for s in samples])
     rows = [torch.cat([torch.full((len(s["boxes"]), 1), float(i)), s["boxes"]], 1) for i, s in enumerate(samples)]
     return Batch(torch.stack([s["pixels"] for s in samples]), torch.stack([s["mask"] for s in samples]), torch.cat([s["people"] for s in samples])[:, None],
-                 torch.arange(len(samples)).repeat_interleave(n), torch.cat(rows), torch.cat([s["joints"] for s in samples]), [s["caption"] for s in samples], [s["image_id"] for s in samples])
+                 torch.arange(len(samples)).repeat_interleave(n), torch.cat(rows), torch.cat([s["joints"] for s in samples]), [s["caption"] for s in samples], [s["image_id"] for s in samples],
+                 *(torch.stack([s[k] for s in samples]) if k in samples[0] else None for k in ("moments", "text")))
 
 # %% ../nbs/01_data.ipynb #026c3893
 def batch_keys(n,          # pictures in the data set
