@@ -62,6 +62,15 @@ def test_another_rule_makes_the_chunks_again(drawn, whole, capsys):
     out = whole.parent/"rule"; shutil.copytree(whole, out); strict = load_manifest(build_manifest(drawn, "train", out, faces="mtcnn", min_face=40, device="cpu"))[1]
     assert strict["face_rule"]["min_face"] == 40 and strict["face_boxes"] < json.loads((whole/"manifest.json").read_text())["face_boxes"] and "of other pictures or settings: it is made again" in capsys.readouterr().out
 
+def test_shards_on_the_command_line(drawn, whole, tmp_path, capsys):
+    from masked_ldm.data import build_manifest
+    from masked_ldm.data_command import main
+    for i in (1, 0): main(["build", str(drawn), "--split", "val", "--out", str(tmp_path/"two"), "--faces", "mtcnn", "--min_face", "16", "--device", "cpu", "--shard", f"{i}/2"])
+    assert "shard 0/2 of the face pass is done" in capsys.readouterr().out and not (tmp_path/"two"/"val"/"manifest.json").exists()
+    main(["build", str(drawn), "--split", "val", "--out", str(tmp_path/"two"), "--faces", "mtcnn", "--min_face", "16", "--device", "cpu"])
+    build_manifest(drawn, "val", tmp_path/"one"/"val", faces="mtcnn", min_face=16, device="cpu"); assert everything(tmp_path/"two") == everything(tmp_path/"one")
+    with pytest.raises(SystemExit, match="shard must be i/n"): main(["build", str(drawn), "--shard", "2/2"])
+
 def test_datasets_reads_past_the_chunks(drawn, tmp_path):
     "The chunks beside the pictures do not confuse Hugging Face's imagefolder."
     from datasets import load_dataset
