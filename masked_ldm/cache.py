@@ -6,7 +6,7 @@
 __all__ = ['CACHE_VERSION', 'cache_bytes', 'fingerprint', 'cache_settings', 'describe_shard', 'save_shard', 'read_about', 'stale',
            'encode_shards', 'build_cache', 'LatentCache']
 
-# %% ../nbs/01e_cache.ipynb #ea21f121
+# %% ../nbs/01e_cache.ipynb #b5b43526
 import copy, hashlib, json, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from .show import progress
 
-# %% ../nbs/01e_cache.ipynb #1c520f76
+# %% ../nbs/01e_cache.ipynb #cce99f9d
 def cache_bytes(pictures,  # how many
                 captions,  # of all of them together
                 side,      # of their latents
@@ -28,7 +28,7 @@ def cache_bytes(pictures,  # how many
     "What a cache takes on disk, but for its headers."
     return (2 if mixed_precision == "bf16" else 4)*(pictures*2*8*side**2 + captions*tokens*width)
 
-# %% ../nbs/01e_cache.ipynb #af799423
+# %% ../nbs/01e_cache.ipynb #bddeb829
 CACHE_VERSION = 1   # of what is written here, and how it is computed
 
 def fingerprint(weights,    # {name: tensor}
@@ -50,7 +50,7 @@ def cache_settings(dataset, # `PersonDataset`
                 text_encoder=fingerprint(base.text_encoder.state_dict(), torch.bfloat16 if mixed_precision == "bf16" else None),
                 tokenizer=f"{hashlib.sha256(words).hexdigest()[:16]}-{base.tokenizer.model_max_length}", pictures=len(dataset), rows=rows)
 
-# %% ../nbs/01e_cache.ipynb #ee207aab
+# %% ../nbs/01e_cache.ipynb #7ba29738
 def _sha(data): return hashlib.sha256(data).hexdigest()
 
 def _row(dataset, settings, i):
@@ -68,7 +68,7 @@ def describe_shard(dataset,  # `PersonDataset`
     "What shard `k` must hold. Raises OSError that names a picture that cannot be read."
     n = settings["rows"]; return dict(settings=settings, shard=k, pictures=[_row(dataset, settings, i) for i in range(k*n, min((k+1)*n, len(dataset)))])
 
-# %% ../nbs/01e_cache.ipynb #4c57b5e7
+# %% ../nbs/01e_cache.ipynb #5d4b1a70
 def _digest(tensors, about):
     "Hash of a shard's content."
     h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
@@ -91,7 +91,7 @@ def read_about(path): # of a shard
     except FileNotFoundError: raise FileNotFoundError(f"cache shard {path} is missing") from None
     except (SafetensorError, OSError, KeyError, ValueError) as e: raise ValueError(f"cache shard {path} cannot be read ({str(e).splitlines()[0]})") from None
 
-# %% ../nbs/01e_cache.ipynb #e0a68730
+# %% ../nbs/01e_cache.ipynb #dbc37bd6
 def stale(path,  # of a shard
           about, # what it must hold, from `describe_shard`
          ): # None, or what is wrong with it
@@ -106,7 +106,7 @@ def stale(path,  # of a shard
     if have.get("pictures") != about["pictures"] or have.get("shard") != about["shard"]: return "has other pictures or captions"
     return None if sha == _digest(tensors, have) else "is corrupt: its numbers are not those that were written"
 
-# %% ../nbs/01e_cache.ipynb #136c0d89
+# %% ../nbs/01e_cache.ipynb #ae0b746b
 def _pixels(samples): return torch.stack([s["pixels"] for s in samples])
 
 def _numbers(f, dtype, base, where):
@@ -121,7 +121,7 @@ def encode_shards(dataset,   # `PersonDataset`
                   workers=0, # processes that read pictures
                  ): # yields (about, dict(moments (n,2,8,h,w), text (m,77,D), empty (77,D)))
     "Encode shards: each picture and its mirror image, all captions, and the empty one."
-    s = abouts[0]["settings"]; n, per = s["rows"], max(2, min(16, 2*512**2//s["size"]**2)); dtype = torch.bfloat16 if s["mixed_precision"] == "bf16" else torch.float32
+    s = abouts[0]["settings"]; n, per = s["rows"], max(1, min(4, 2*512**2//s["size"]**2)); dtype = torch.bfloat16 if s["mixed_precision"] == "bf16" else torch.float32
     if dtype != torch.float32: base = replace(base, text_encoder=copy.deepcopy(base.text_encoder).to(dtype))   # as training has it
     plain = copy.copy(dataset); plain.cache = None; ends = [(a["shard"]*n, a["shard"]*n + len(a["pictures"])) for a in abouts]
     cuts = [[range(i, min(i+per, stop)) for i in range(start, stop, per)] for start, stop in ends]
@@ -133,7 +133,7 @@ def encode_shards(dataset,   # `PersonDataset`
             moments.append(_numbers(lambda: base.moments(x), dtype, base, ids).unflatten(0, (-1, 2))); text.append(_numbers(lambda: base.embed([t for i in r for t in dataset.rows[i]["captions"]]), dtype, base, ids))
         yield a, dict(moments=torch.cat(moments), text=torch.cat(text), empty=_numbers(lambda: base.embed([""]), dtype, base, [])[0])
 
-# %% ../nbs/01e_cache.ipynb #ebc3e6e3
+# %% ../nbs/01e_cache.ipynb #ee23eedd
 def _room(folder, abouts, base):
     "Raise OSError if what is to be made does not fit on the disk."
     s = abouts[0]["settings"]; n, captions = (sum(f(a) for a in abouts) for f in (lambda a: len(a["pictures"]), lambda a: sum(p[3] for p in a["pictures"])))
@@ -162,7 +162,7 @@ def build_cache(dataset, # `PersonDataset`
     for a, tensors in encode_shards(dataset, base, [a for a, _ in todo], workers) if todo else (): save_shard(path(a["shard"]), tensors, a)
     return {path(a["shard"]).name: why for a, why in todo}
 
-# %% ../nbs/01e_cache.ipynb #f7c216cc
+# %% ../nbs/01e_cache.ipynb #2b6848f4
 class LatentCache:
     "A finished cache; `PersonDataset(..., cache=LatentCache(folder))` reads from it."
     def __init__(self, folder): # from `build_cache`. Raises ValueError or FileNotFoundError if a shard is not there

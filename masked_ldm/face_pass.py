@@ -97,5 +97,6 @@ def merge_faces(rows,            # manifest rows, with the `file_name` in the pi
         results, why = read_chunk(chunk_path(work, k), chunk_key(part, folder, rule))
         if results is None: bad.append(f"{chunk_path(work, k).name} ({why})")
         else: out += results
-    if bad: raise ValueError(f"{work}: {len(bad)} of {len(chunks(rows))} chunks of the face pass cannot be used: {', '.join(bad[:10])}{', ...' if len(bad) > 10 else ''}; run their shards again")
+    named = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
+    if bad: raise ValueError(f"{work}: {len(bad)} of {len(chunks(rows))} chunks of the face pass cannot be used: {named}; run their shards again")
     return out

@@ -111,8 +111,8 @@ def on_people(boxes, # (n,4) x0, y0, x1, y1 in pixels
               mask,  # (h,w) union of the people's masks
              ):      # list of n numbers, 0 to 1
     "The share of each box that lies on people."
-    cells = [(slice(max(0, round(y0)), max(0, round(y1))), slice(max(0, round(x0)), max(0, round(x1)))) for x0, y0, x1, y1 in np.asarray(boxes, float).reshape(-1, 4).tolist()]
-    return [float(np.asarray(mask)[c].mean()) if np.asarray(mask)[c].size else 0. for c in cells]
+    whole = np.asarray(boxes, float).reshape(-1, 4).round().clip(0).astype(int); parts = [np.asarray(mask)[y0:y1, x0:x1] for x0, y0, x1, y1 in whole]
+    return [float(p.mean()) if p.size else 0. for p in parts]
 
 def people_mask(row): # manifest row
     "(h,w) uint8 union of the masks of its people; crowd regions are left out."
@@ -141,7 +141,8 @@ def face_rows(boxes,    # (n,4) x0, y0, x1, y1 in pixels
               detector, # "annotation", "keypoints" or "mtcnn"
               scores=None): # (n,), 1 if not given
     "[{box, score, detector}], the form of the manifest."
-    return [dict(box=[round(float(v), 2) for v in b], score=round(float(s), 4), detector=detector) for b, s in zip(boxes, [1.]*len(boxes) if scores is None else scores)]
+    scores = [1.]*len(boxes) if scores is None else scores
+    return [dict(box=[round(float(v), 2) for v in b], score=round(float(s), 4), detector=detector) for b, s in zip(boxes, scores)]
 
 def find_faces(rows,          # manifest rows
                images,        # their PIL images
@@ -150,7 +151,8 @@ def find_faces(rows,          # manifest rows
     "For each picture its faces by MTCNN that lie on people."
     out = []
     for row, (b, s) in zip(rows, detect_faces(images, rule.min_face, rule.min_score, device, rule.max_overlap)):
-        keep = [v >= rule.on_person for v in on_people(b, people_mask(row))] if len(b) else []; out.append(face_rows(b[keep].tolist(), "mtcnn", s[keep].tolist()) if any(keep) else [])
+        keep = [v >= rule.on_person for v in on_people(b, people_mask(row))] if len(b) else []
+        out.append(face_rows(b[keep].tolist(), "mtcnn", s[keep].tolist()) if any(keep) else [])
     return out
 
 # %% ../nbs/01c_faces.ipynb #8f68cbe2
@@ -161,8 +163,8 @@ def _holds(b, joints): # box; (17,3)
 
 def _unjudged(b, row):
     "Does the middle of the box lie on a crowd or on somebody without marked joints?"
-    x, y = (b[0]+b[2])/2, (b[1]+b[3])/2
-    return any((p["iscrowd"] or not any(p["keypoints"][2::3])) and p["bbox"][0] <= x <= p["bbox"][0]+p["bbox"][2] and p["bbox"][1] <= y <= p["bbox"][1]+p["bbox"][3] for p in row["people"])
+    x, y = (b[0]+b[2])/2, (b[1]+b[3])/2; unmarked = [p["bbox"] for p in row["people"] if p["iscrowd"] or not any(p["keypoints"][2::3])]
+    return any(x0 <= x <= x0+w and y0 <= y <= y0+h for x0, y0, w, h in unmarked)
 
 def face_agreement(rows,        # manifest rows
                    found,       # for each its detected boxes, [[x0, y0, x1, y1]]

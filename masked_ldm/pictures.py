@@ -35,17 +35,17 @@ def _not_a_picture(path):
 
 def _open(path):
     "An opened, not yet decoded picture, or PictureError."
-    path = Path(path)
+    path, refused = Path(path), f"more than {MAX_PIXELS:,}: it is refused, as it may be made to fill the memory"
     if not path.is_file(): raise _wrong(path, "is missing" if not path.exists() else "is not a file")
     try:
         if not path.stat().st_size: raise _wrong(path, "is empty (0 bytes): fetch it again")
         im = Image.open(path, formats=FORMATS)
     except PictureError: raise
     except UnidentifiedImageError: raise _wrong(path, _not_a_picture(path)) from None
-    except Image.DecompressionBombError: raise _wrong(path, f"has more than {MAX_PIXELS:,} pixels: it is refused, as it may be made to fill the memory") from None
+    except Image.DecompressionBombError: raise _wrong(path, f"has far too many pixels, {refused}") from None
     except PermissionError as e: raise _wrong(path, f"may not be read ({e.strerror})") from None
     except Exception as e: raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    if im.width*im.height > MAX_PIXELS: raise _wrong(path, f"has {im.width} x {im.height} pixels, more than {MAX_PIXELS:,}: it is refused, as it may be made to fill the memory")
+    if im.width*im.height > MAX_PIXELS: raise _wrong(path, f"has {im.width} x {im.height} pixels, {refused}")
     return im
 
 # %% ../nbs/01b_pictures.ipynb #b524542f
@@ -59,14 +59,16 @@ def orient(im,        # opened PIL image
     if size is None: return ImageOps.exif_transpose(im) if turned in range(2, 9) else im
     if tuple(size) == stored: return im
     if tuple(size) == upright: return ImageOps.exif_transpose(im)
-    raise ValueError(f"is {stored[0]} x {stored[1]}" + (f" ({upright[0]} x {upright[1]} turned upright)" if upright != stored else "") + f", its annotation says {size[0]} x {size[1]}")
+    other = f" ({upright[0]} x {upright[1]} turned upright)" if upright != stored else ""
+    raise ValueError(f"is {stored[0]} x {stored[1]}{other}, its annotation says {size[0]} x {size[1]}")
 
 # %% ../nbs/01b_pictures.ipynb #9d72d61d
 def to_rgb(im): # PIL image of any mode
     "8-bit RGB: 16 bits scaled, transparency over white. Raises ValueError for numbers whose range is unknown."
     if im.mode.startswith(("I", "F")):
         v = np.asarray(im).astype(np.float64); top = 1. if im.mode == "F" else 65535.
-        if not (np.isfinite(v).all() and v.min() >= 0 and v.max() <= top): raise ValueError(f"has numbers of mode {im.mode} outside 0 to {top:g}: their range is not known")
+        if not (np.isfinite(v).all() and v.min() >= 0 and v.max() <= top):
+            raise ValueError(f"has numbers of mode {im.mode} outside 0 to {top:g}: their range is not known")
         return Image.fromarray(np.round(v*(255/top)).astype(np.uint8)).convert("RGB")
     if im.has_transparency_data:
         im = im.convert("RGBA"); return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")

@@ -14,8 +14,8 @@ def test_one_command(tmp_path, monkeypatch):
     from masked_ldm import evaluate as e
     monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=3, guidance=None)); a, b = make_run(tmp_path/"plain", 0), make_run(tmp_path/"ours", 100); out = tmp_path/"out"
     r = e.evaluate([a, b], n_ref=24, out=out, device="cpu"); assert {"evaluation.json", "grid.png", "failures.png", "set.json", "pictures"} <= {p.name for p in out.iterdir()} and len(list((out/"pictures").iterdir())) == 24
-    assert r["paper_rows"] == dict(base="Stable Diffusion", plain="baseline ControlNet", ours="Masked LDM, T=100") and not r["judge"].startswith("FID") and r["paired"]["ours"]["attributes"]["n"] == 8
-    text = e.format_report(r) + e.table1(r); assert "minus base" in text and "(floor)" in text and "reference of 24 pictures" in text
+    assert r["paper_rows"] == dict(base="Stable Diffusion", plain="baseline ControlNet", ours="Masked LDM, T=100") and not r["judge"].startswith("FID") and r["paired"]["ours minus plain"]["attributes"]["n"] == 8
+    text = e.format_report(r) + e.table1(r); assert "ours minus plain, same prompts and noise" in text and "(floor)" in text and "reference of 24 pictures" in text
     again = e.evaluate([a, b], n_ref=24, out=out, device="cpu"); assert again["models"] == r["models"] and again["paired"] == r["paired"]
 
 @pytest.mark.parametrize("x, said", [(torch.full((1, 3, 8, 8), float("nan")), "NaN"), (torch.zeros(3, 8, 8), "shape"), (torch.zeros(1, 3, 8, 8).long(), "uint8 or floats")])
