@@ -44,7 +44,7 @@ def held_out(config, # a run's config.json
         if config.get("size", 64) != 64: raise ValueError(f"the judges of the built-in world see pictures of 64 pixels, this run draws {config['size']}")
         ids = range(VAL_ID, VAL_ID+n); scenes = [sample_scene(0, i, VAL_PEOPLE) for i in ids]; draw = lambda ids, people: [Image.fromarray(v) for v in world_arrays(ids, people)["pictures"]]
         return HeldOut([captions(s)[0] for s in scenes], np.array([len(s.people) for s in scenes]), scenes, draw(ids, VAL_PEOPLE), draw(range(1, n_ref+1), range(1000)))
-    val, train = (PersonDataset(where[s], config["size"]) for s in ("val", "train")); rows = [val[i] for i in range(min(n, len(val)))]
+    val, train = (PersonDataset(where[s], config["size"], crop=config.get("crop", "center")) for s in ("val", "train")); rows = [val[i] for i in range(min(n, len(val)))]
     return HeldOut([r["caption"] for r in rows], np.array([np.nan if (k := people_in_caption(r["caption"])) is None else k for r in rows], float), None, [as_pil(r["pixels"]) for r in rows], [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))])
 
 # %% ../nbs/06_evaluate.ipynb #e01e5bdc

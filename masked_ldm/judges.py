@@ -107,7 +107,7 @@ def judge_run(run,         # run folder
     cfg, where = (json.loads((run/f).read_text()) for f in ("config.json", "data.json")); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(cfg["base"], device); model = ControlledUNet(base.unet, load_branch(run/"controlnet", device).eval())
     lpips, face = (m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"])))
-    metrics, *_ = compare(base, model, PersonDataset(where["val"], cfg["size"]), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
+    metrics, *_ = compare(base, model, PersonDataset(where["val"], cfg["size"], crop=cfg.get("crop", "center")), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
     if not write: return metrics
     old = json.loads((run/"metrics.json").read_text()) if (run/"metrics.json").is_file() else {}
     (run/"metrics.json").write_text(json.dumps({**old, **metrics}, indent=1)); return metrics
