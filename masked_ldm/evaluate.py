@@ -173,7 +173,8 @@ def _paired(judged): # {"A minus B": {measure: paired, with Holm's p and the sma
 
 def _numbers(judged, judges, data, out): # every number of a report
     refs, record = _references(judges, data, out); feats = {k: f for k, (_, f) in judged.items()}
-    return dict(judge=judges.features.title if judges.features else None, judges=judges.named, reference_is=data.reference_is, reference=record, models={k: {m: interval(v) for m, v in values.items()} for k, (values, _) in judged.items()},
+    side = judges.features.side if judges.features else 0; resize = f"antialiased bicubic to {side} pixels, rounded to 8 bits; nothing for pictures of that size" if side else None
+    return dict(judge=judges.features.title if judges.features else None, judges=judges.named, resize=resize, reference_is=data.reference_is, reference=record, models={k: {m: interval(v) for m, v in values.items()} for k, (values, _) in judged.items()},
                 paired=_paired(judged), distances=distance_table(feats, refs), distance_pairs=distance_pairs(feats, refs))
 
 # %% ../nbs/06_evaluate.ipynb #c406e74c

@@ -53,9 +53,10 @@ class Cost:
     forward: float      # TFLOP
     backward: float = 0 # TFLOP
     kept: float = 0     # GiB that autograd holds from forward to backward
+    fixed: float = 0    # GiB that it holds for any number of samples: bf16 copies of weights
 
-    def __mul__(self, n): return Cost(self.forward*n, self.backward*n, self.kept*n)
-    def __add__(self, o): return Cost(self.forward+o.forward, self.backward+o.backward, self.kept+o.kept)
+    def __mul__(self, n): return Cost(self.forward*n, self.backward*n, self.kept*n, self.fixed if n else 0)
+    def __add__(self, o): return Cost(self.forward+o.forward, self.backward+o.backward, self.kept+o.kept, self.fixed+o.fixed)
     __rmul__ = __mul__
 
 @contextmanager
@@ -73,7 +74,7 @@ def cost(f,           # function of nothing, on fake tensors; returns a tensor, 
     "Count a computation."
     kept, alive = {}, []
     def pack(t):
-        if not isinstance(t, torch.nn.Parameter): s = t.untyped_storage(); kept[s._cdata] = s.nbytes(); alive.append(t)
+        if not isinstance(t, torch.nn.Parameter) and not isinstance(t._base, torch.nn.Parameter): s = t.untyped_storage(); kept[s._cdata] = s.nbytes(); alive.append(t)
         return t
     with _FAKE, _norms_in_float32(bf16):   # also during backward, where checkpointed parts are run again
         with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=bf16): out = f()
@@ -120,13 +121,16 @@ def parts(config): # `TrainConfig`
 def _base_parts(base, size, bf16, *on):
     n = _nets(base, bf16); unet, branch, vae = n["unet"], n["branch"], n["vae"]; side = size//2**(len(vae.config.block_out_channels)-1); recompute(n, dict(on))
     with _FAKE:
-        z, text, t = torch.empty(1, 4, side, side), torch.empty(1, 77, unet.config.cross_attention_dim), torch.zeros(1, dtype=torch.long)
-        x, latents, ids = torch.empty(1, 3, size, size), torch.empty(1, 4, side, side, requires_grad=True), torch.zeros(1, 77, dtype=torch.long)
-    def denoise():
-        down, mid = branch(z, t, text, controlnet_cond=z, return_dict=False)
+        x, ids = torch.empty(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long)
+        inputs = {b: (torch.empty(b, 4, side, side), torch.zeros(b, dtype=torch.long), torch.empty(b, 77, unet.config.cross_attention_dim), torch.empty(b, 4, side, side, requires_grad=True)) for b in (1, 2)}
+    def denoise(b):
+        z, t, text, _ = inputs[b]; down, mid = branch(z, t, text, controlnet_cond=z, return_dict=False)
         return unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     with torch.no_grad(): frozen = dict(encode=cost(lambda: vae.encode(x).latent_dist.mean, bf16), text=cost(lambda: n["text_encoder"](ids).last_hidden_state, bf16))
-    return dict(frozen, denoise=cost(denoise, bf16), decode=cost(lambda: vae.decode(latents).sample, bf16))
+    return dict(frozen, denoise=_a_sample(denoise, bf16), decode=_a_sample(lambda b: vae.decode(inputs[b][3]).sample, bf16))
+
+def _a_sample(f, bf16): # function of the number of samples -> `Cost` of one, and what does not grow with them
+    one, two = (cost(lambda: f(b), bf16) for b in (1, 2)); return Cost(one.forward, one.backward, two.kept-one.kept, max(0., 2*one.kept-two.kept))
 
 @lru_cache
 def _nets(base, bf16): return empty_base(base, torch.bfloat16 if bf16 else torch.float32)
@@ -161,17 +165,19 @@ class Plan:
     def __iter__(self): return iter((self.memory, self.work))
     def __str__(self): return f"{self.gib:.1f} GiB and {self.tflop:.2f} TFLOP a step" + (f", about {self.seconds:.2g} s" if self.speed else "")
 
+def _cached(c): return c.max_steps*c.batch_size > 2*(37470 if c.data_root else c.world_pictures) if c.cache_latents is None else c.cache_latents   # as a run decides, for COCO's size
+
 def plan(config,     # `TrainConfig`
          processes=1,
-         cached=None, # are latents and text read from a cache? None: as the config says
+         cached=None, # are latents and text read from a cache? None: as the run decides
          speed=None): # TFLOP a second, from `throughput`
     "The `Plan` of a run, before anything is loaded."
     c, nets, p = config, _nets(config.base, config.mixed_precision == "bf16"), parts(config); B = -(-c.batch_size//processes); share = -(-B//c.gradient_accumulation_steps); most, mean = decoded_samples(c)
-    cached = getattr(c, "cache_latents", False) if cached is None else cached; held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
+    cached = _cached(c) if cached is None else cached; held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
     trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad)/2**30; once = sum((v for k, v in p.items() if k in ("lpips", "face")), p["decode"])
-    n = min(share, most); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
-    memory = dict(weights=sum(map(held, nets.values())), losses=sum(held(m) for m, _ in loss_networks(c).values()), gradients=4*trained, adamw=(2 if c.use_8bit_adam else 8)*trained, denoise=share*p["denoise"].kept,
-                  decode=n*once.kept, transient=n*4*4*nets["vae"].config.block_out_channels[1]*c.size**2/2**30)
+    extra = 4*trained*c.use_ema; n = min(share, most); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
+    memory = dict(weights=sum(map(held, nets.values())), losses=sum(held(m) for m, _ in loss_networks(c).values()), gradients=4*trained, adamw=(2 if c.use_8bit_adam else 8)*trained, **(dict(ema=extra) if extra else {}), denoise=share*p["denoise"].kept + p["denoise"].fixed,
+                  decode=n*once.kept + once.fixed*bool(n), transient=n*4*4*nets["vae"].config.block_out_channels[1]*c.size**2/2**30)
     work = dict(encode=0. if cached else B*p["encode"].forward, text=0. if cached else B*p["text"].forward, denoise=B*both(p["denoise"]), decode=mean/processes*both(once))
     m = dict(memory); g, d = m.pop("gradients"), m.pop("decode") + m.pop("transient"); peak = sum(m.values()) + (g + d if processes > 1 or c.gradient_accumulation_steps > 1 else max(g, d))
     return Plan(dict(memory, total=peak), dict(work, total=sum(work.values())), speed)

@@ -95,5 +95,5 @@ def _distances(r): # a block a region
 def format_report(r): # from `evaluate`
     "The tables as text."
     s = r["settings"]; head = [f"{r['n']} held-out prompts, {s['scheduler']} {s['steps']} steps, guidance {s['guidance']:g}, seed {r['seed']}; reference: {r['reference_is']}"]
-    foot = ["", "judged by: " + "; ".join(f"{k}: {v}" for k, v in r["judges"].items())] + [f"not available: {s}" for s in r["notes"]]
+    foot = ["", "judged by: " + "; ".join(f"{k}: {v}" for k, v in r["judges"].items()), f"resize before distances: {r['resize']}"] + [f"not available: {s}" for s in r["notes"]]
     return "\n".join(head + _means(r) + _pairs(r) + _distances(r) + foot)
