@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from .coco import no_gc, read_json
 from .crop import CROPS, people_offset
-from .face_pass import face_pass, merge_faces
+from .face_pass import face_pass, merge_faces, parse_shard
 from .faces import FaceRule, face_rows, keypoint_faces
 from .pictures import check_pictures, read_picture
 from .subset import Rule, select_pictures
@@ -51,7 +51,7 @@ def quarantine(rows,    # manifest rows
     bad = [dict(file=r["file_name"], image_id=r["image_id"], reason=v["wrong"]) for r, v in zip(rows, results) if "wrong" in v]
     if len(bad) > max_bad*len(rows):
         first = "; ".join(f"{b['file']} (image {b['image_id']}) {b['reason']}" for b in bad[:3]) + ("; ..." if len(bad) > 3 else "")
-        raise ValueError(f"{folder}: {len(bad)} of {len(rows)} pictures cannot be used, more than the share max_bad={max_bad:g} allows: {first}")
+        raise ValueError(f"{folder}: {len(bad)} of {len(rows)} pictures cannot be used, more than the share max_bad={max_bad:g} allows (raise it to build without them): {first}")
     return bad
 
 # %% ../nbs/01_data.ipynb #bd8354da
@@ -94,6 +94,7 @@ def build_manifest(root,          # COCO 2017 root
     for name, v, ok in (("faces", faces, FACES), ("verify", verify, ("header", "full"))):
         if v not in ok: raise ValueError(f"{name} must be one of {', '.join(ok)}, not {v!r}")
     if not 0 <= max_bad <= 1: raise ValueError(f"max_bad must be a share of the pictures, 0 to 1, not {max_bad}")
+    shard = None if shard is None else parse_shard(shard)
     found, report = select_pictures(root, split, rule); rows, dropped = [], Counter(report["dropped"])
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: it is the folder of the split's pictures")
     if faces == "auto": faces = "annotation" if any("face_boxes" in r for r in found) else "mtcnn"

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.docments import docments
 from .config import told
 from .data import build_manifest, load_manifest
+from .faces import FaceRule
 from .download import ANNOTATIONS_URL, COCO_SERVER, download_annotations, download_pictures, fetch, tell_download
 from .inspection import check_manifest, contact_sheet, describe_manifest, find_manifests, plot_manifest, shared_pictures
 from .subset import Rule, calibrate_min_area, tell_calibration
@@ -57,12 +58,15 @@ def run_build(a): # parsed command line
     "Filter pictures to those of people, find faces, write manifests: OUT/train/metadata.jsonl, OUT/val/metadata.jsonl."
     out, given = Path(a.out or Path(a.root)/"people"), {k: v for k, v in vars(a).items() if k in a.told}
     for s in a.split:
-        path = build_manifest(a.root, s, out/s, **given); _, info = load_manifest(path)
+        path = build_manifest(a.root, s, out/s, **given)
+        if a.shard: print(f"{path}: shard {a.shard} of the face pass is done; build without --shard when all are"); continue
+        _, info = load_manifest(path)
         print(f"{path}: {info['kept']:,} of {info['pictures']:,} pictures, {info['people']:,} people, {info['face_boxes']:,} faces")
         for why, n in sorted(info["dropped"].items(), key=lambda kv: -kv[1]): print(f"  {n:7,d}  {why}")
         for b in info["bad_annotations"][:10]: print(f"  {b['file']}, annotation {b['annotation']}: {b['wrong']}")
         for b in info.get("quarantined", [])[:10]: print(f"  quarantined: {b['file']} (image {b['image_id']}) {b['reason']}")
-    print(f"train on it with: masked-ldm-train --data_root {out}"); return 0
+    if not a.shard: print(f"train on it with: masked-ldm-train --data_root {out}")
+    return 0
 
 # %% ../nbs/01k_data_command.ipynb #8d93bdbc
 def _save(figure, path):
@@ -105,7 +109,7 @@ def make_parser():
     ap = argparse.ArgumentParser(prog="masked-ldm-data", allow_abbrev=False, description="COCO's people, from an empty folder to checked manifests.", epilog="masked-ldm-data COMMAND --help tells a command's settings; they are those of the Python functions, under the same names.")
     sub = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = _command(sub, "download", run_download); _splits(p); p.add_argument("--url", default=ANNOTATIONS_URL, help="zip with the annotations (default: COCO's own)"); add_flags(p, download_pictures, ("split", "rule")); add_flags(p, fetch, ("check", "stop")); add_flags(p, Rule, ("min_faces",)); p.set_defaults(min_faces=0)
-    p = _command(sub, "build", run_build); _splits(p); p.add_argument("--out", help="folder to write train/ and val/ to (default: ROOT/people)"); add_flags(p, build_manifest, ("split", "out")); add_flags(p, Rule); p.set_defaults(told=[a.dest for a in p._actions if a.dest not in ("help", "root", "split", "out")])
+    p = _command(sub, "build", run_build); _splits(p); p.add_argument("--out", help="folder to write train/ and val/ to (default: ROOT/people)"); add_flags(p, build_manifest, ("split", "out")); add_flags(p, Rule); add_flags(p, FaceRule); p.set_defaults(told=[a.dest for a in p._actions if a.dest not in ("help", "root", "split", "out")])
     p = _command(sub, "inspect", run_inspect, "manifest"); p.add_argument("--out", help="folder for the pictures (default: beside the manifest)"); add_flags(p, contact_sheet)
     p = _command(sub, "check", run_check, "manifest"); add_flags(p, check_manifest); p.add_argument("--most", type=int, default=20, metavar="INT", help="things wrong that are listed (default: 20)")
     p = _command(sub, "calibrate", run_calibrate); add_flags(p, calibrate_min_area, ("wanted",))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'as_uint8', 'clean_resize', 'Features', 'weights_hash', 'critic_features', 'inception', 'Moments',
-           'frechet', 'kid', 'frechet_draws', 'frechet_interval', 'picture_hash', 'reference']
+           'frechet', 'kid', 'frechet_draws', 'frechet_interval', 'frechet_swap', 'picture_hash', 'reference']
 
 # %% ../nbs/06a_distances.ipynb #a655e277
 import hashlib, json, os
@@ -96,10 +96,14 @@ def inception(weights=None, # file with torch-fidelity's state dict (.pth or .sa
     return Features("inception", lambda x: net(x.to(device)), 299, digest)
 
 # %% ../nbs/06a_distances.ipynb #3d67cb7b
+def _nuclear(m): # (r,s)
+    "Sum of singular values, from the smaller Gram matrix."
+    return np.sqrt(np.linalg.eigvalsh(m @ m.T if len(m) < m.shape[1] else m.T @ m).clip(0)).sum()
+
 class Moments:
     "Number, mean and covariance of features, filled batch by batch."
     def __init__(self, features=None): # (N,D), or None to begin empty
-        self.n, self.mean, self._m2 = 0, 0., 0.
+        self.n, self.mean, self._m2, self._rows = 0, 0., 0., None
         if features is not None: self.update(features)
 
     def update(self, features): # (N,D)
@@ -107,9 +111,9 @@ class Moments:
         x = np.asarray(features, np.float64); n, total = len(x), self.n + len(x)
         if not np.isfinite(x).all(): raise ValueError("features hold NaN or infinite numbers: one picture at least could not be read by the network")
         if not n: return self
-        mean = x.mean(0); gap = mean - self.mean; x = x - mean
-        self._m2 = self._m2 + x.T @ x + np.outer(gap, gap)*(self.n*n/total); self.mean = self.mean + gap*(n/total); self.n = total; self.__dict__.pop("root", None)
-        return self
+        mean = x.mean(0); gap = mean - self.mean; x = x - mean; self._rows = x if total == n <= x.shape[1] else None
+        self._m2 = self._m2 + x.T @ x + np.outer(gap, gap)*(self.n*n/total)
+        self.mean = self.mean + gap*(n/total); self.n = total; self.__dict__.pop("factor", None); return self
 
     @property
     def cov(self): # (D,D)
@@ -117,15 +121,15 @@ class Moments:
         return np.atleast_2d(self._m2/(self.n-1))
 
     @cached_property
-    def root(self): # (D,D) symmetric square root of the covariance
-        w, v = np.linalg.eigh(self.cov); return (v*np.sqrt(w.clip(0))) @ v.T
+    def factor(self): # (r,D), F^T F is the covariance: the centred rows where they are fewer than D, else by eigenvectors
+        if self.cov is not None and self._rows is not None: return self._rows/(self.n-1)**.5
+        w, v = np.linalg.eigh(self.cov); return (v*np.sqrt(w.clip(0))).T
 
 def frechet(a,   # (N,D) features or `Moments`
             b):  # the same, of the reference
     "Squared Fréchet distance of two sets, each taken for a normal distribution. Raises ValueError for fewer than 2 pictures."
     a, b = (v if isinstance(v, Moments) else Moments(v) for v in (a, b))
-    cross = np.sqrt(np.linalg.eigvalsh(b.root @ a.cov @ b.root).clip(0)).sum()
-    return float(((a.mean-b.mean)**2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2*cross)
+    return float(((a.mean-b.mean)**2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2*_nuclear(a.factor @ b.factor.T))
 
 # %% ../nbs/06a_distances.ipynb #3a9a3d01
 def kid(a, b,        # (N,D), (M,D) features
@@ -141,21 +145,41 @@ def kid(a, b,        # (N,D), (M,D) features
     return dict(mean=float(np.mean(v)), sd=float(np.std(v)), subset=size)
 
 # %% ../nbs/06a_distances.ipynb #935f9c1f
+def _frame(sets, ref, who): # ([features], [the same in the frame of the reference], [rows of each prompt], number of prompts)
+    sets = [np.asarray(s, np.float64) for s in sets]; who = [np.arange(len(s)) for s in sets] if who is None else [np.asarray(w, int) for w in who]
+    n = 1 + max(int(w.max()) for w in who); return sets, [s @ ref.factor.T for s in sets], [[np.flatnonzero(w == i) for i in range(n)] for w in who], n
+
+def _of_rows(x, y, ref): # rows of a set, and the same in the frame
+    c = (y - y.mean(0))/(len(y)-1)**.5
+    return ((x.mean(0)-ref.mean)**2).sum() + x.var(0, ddof=1).sum() + np.trace(ref.cov) - 2*_nuclear(c)
+
 def frechet_draws(sets,     # list of (N,D) features, one a model, rows in the order of the prompts
                   ref,      # `Moments` of the reference
-                  draws=100, seed=0): # bootstrap samples of rows, the same for all sets; of the bootstrap
+                  draws=100, seed=0, # bootstrap samples of prompts, the same for all sets; of the bootstrap
+                  who=None): # list of (N,), the prompt of each row; None: a row a prompt
     "(draws, len(sets)) distances."
-    rng, turned = np.random.default_rng(seed), [np.asarray(s, np.float64) @ ref.root for s in sets]
-    def one(x, y):   # rows of a set, and the same in the frame of the root
-        x, c = np.asarray(x, np.float64), (y - y.mean(0))/(len(y)-1)**.5; gram = c @ c.T if len(c) < c.shape[1] else c.T @ c
-        return ((x.mean(0)-ref.mean)**2).sum() + x.var(0, ddof=1).sum() + np.trace(ref.cov) - 2*np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum()
-    picks = [rng.integers(0, len(sets[0]), len(sets[0])) for _ in range(draws)]
-    return np.array([[one(np.asarray(s)[k], t[k]) for s, t in zip(sets, turned)] for k in picks])
+    sets, turned, rows, n = _frame(sets, ref, who); rng, out = np.random.default_rng(seed), []
+    for _ in range(draws):
+        pick = rng.integers(0, n, n); at = [np.concatenate([r[i] for i in pick]) for r in rows]
+        out.append([_of_rows(s[k], t[k], ref) for s, t, k in zip(sets, turned, at)])
+    return np.array(out)
 
 def frechet_interval(value,  # the distance, or a difference of two
                      draws): # (draws,) from `frechet_draws`, or differences of its columns
     "(low, high): 1.96 deviations of the bootstrap around the value; it also serves differences, so it may reach below 0."
     return float(value - 1.96*np.std(draws)), float(value + 1.96*np.std(draws))
+
+# %% ../nbs/06a_distances.ipynb #f1d9c6ed
+def frechet_swap(a, b,    # (N,D), (M,D) features of two models
+                 ref,     # `Moments` of the reference
+                 draws=200, seed=0, # random swaps of prompts; of the swaps
+                 who=None): # the prompt of each row of both, as for `frechet_draws`
+    "Two-sided p of the difference of two distances (never 0: Phipson & Smyth 2010)."
+    sets, turned, rows, n = _frame((a, b), ref, who); rng, x, y, shift = np.random.default_rng(seed), np.concatenate(sets), np.concatenate(turned), len(sets[0])
+    def apart(flip):
+        one = np.concatenate([rows[1][i] + shift if f else rows[0][i] for i, f in enumerate(flip)]); two = np.setdiff1d(np.arange(len(x)), one)
+        return _of_rows(x[two], y[two], ref) - _of_rows(x[one], y[one], ref)
+    seen = abs(apart(np.zeros(n, bool))); return float((1 + sum(abs(apart(rng.random(n) < .5)) >= seen - 1e-9 for _ in range(draws)))/(1 + draws))
 
 # %% ../nbs/06a_distances.ipynb #999abe09
 def picture_hash(pictures): # what `as_uint8` takes, or a list of PIL images of any sizes

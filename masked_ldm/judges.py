@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_network', 'judge_of_people', 'judge_of_faces', 'Scores', 'one_step_scores', 'compare', 'format_metrics',
-           'judge_run']
+           'judge_run', 'judge_runs']
 
 # %% ../nbs/06d_one_step_judges.ipynb #bc833e1d
 import json
@@ -68,6 +68,11 @@ def one_step_scores(base,     # `Base`
     return Scores(**out, levels=tuple(levels))
 
 # %% ../nbs/06d_one_step_judges.ipynb #3f2088df
+def _apart(before, after, below): # `Scores` of two models, first timestep that is not low, or None
+    cuts = {"all t": np.ones(len(before.levels), bool)}
+    if below is not None and (low := np.asarray(before.levels) < below).any(): cuts = {f"t<{below}": low, **cuts}
+    return {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]) for name, cut in cuts.items()} for k in ("person", "face", "noise")}
+
 def compare(base,        # `Base`
             unet,        # `ControlledUNet` to compare with the base's own
             dataset,     # `PersonDataset`
@@ -78,10 +83,7 @@ def compare(base,        # `Base`
            ): # (metrics, `Scores` of the base, `Scores` of `unet`)
     "Paired one-step differences, for people, faces and noise."
     before = before or one_step_scores(base, base.unet, dataset, lpips, face, **kw); after = one_step_scores(base, unet, dataset, lpips, face, **kw)
-    cuts = {"all t": np.ones(len(before.levels), bool)}
-    if below is not None and (low := np.asarray(before.levels) < below).any(): cuts = {f"t<{below}": low, **cuts}
-    out = {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]) for name, cut in cuts.items()} for k in ("person", "face", "noise")}
-    return dict(one_step=out, levels=list(before.levels), seed=kw.get("seed", 0), pictures=len(before.person)), before, after
+    return dict(one_step=_apart(before, after, below), levels=list(before.levels), seed=kw.get("seed", 0), pictures=len(before.person)), before, after
 
 # %% ../nbs/06d_one_step_judges.ipynb #447b3e9b
 def format_metrics(metrics): # as `compare` returns them
@@ -93,6 +95,16 @@ def format_metrics(metrics): # as `compare` returns them
     return "\n".join(rows)
 
 # %% ../nbs/06d_one_step_judges.ipynb #a330ebf2
+def _judge(run, n, levels, seed, device): # (config, what it was judged by and on, metrics, `Scores` of the base, `Scores` of the run)
+    run = Path(run)
+    for name in ("config.json", "data.json", "controlnet/config.json"):
+        if not (run/name).is_file(): raise FileNotFoundError(f"{run/name} is missing: a finished run is needed")
+    cfg, where = (json.loads((run/f).read_text()) for f in ("config.json", "data.json")); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(cfg["base"], device); model = ControlledUNet(base.unet, load_branch(run/"controlnet", device).eval())
+    lpips, face = (m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"])))
+    got = compare(base, model, PersonDataset(where["val"], cfg["size"], crop=cfg.get("crop", "center")), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
+    return cfg, (where["val"], *(cfg[k] for k in ("base", "size", "lpips_net", "face_net"))), *got
+
 def judge_run(run,         # run folder
               n=64,        # held-out pictures
               levels=(20, 60, 100, 200, 400), # timesteps
@@ -101,13 +113,22 @@ def judge_run(run,         # run folder
               write=True,  # into the run's metrics.json
              ): # metrics
     "Judge a run against its base on its held-out pictures. Raises FileNotFoundError that names what is missing."
-    run = Path(run)
-    for name in ("config.json", "data.json", "controlnet/config.json"):
-        if not (run/name).is_file(): raise FileNotFoundError(f"{run/name} is missing: a finished run is needed")
-    cfg, where = (json.loads((run/f).read_text()) for f in ("config.json", "data.json")); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(cfg["base"], device); model = ControlledUNet(base.unet, load_branch(run/"controlnet", device).eval())
-    lpips, face = (m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"])))
-    metrics, *_ = compare(base, model, PersonDataset(where["val"], cfg["size"], crop=cfg.get("crop", "center")), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
+    metrics = _judge(run, n, levels, seed, device)[2]
     if not write: return metrics
-    old = json.loads((run/"metrics.json").read_text()) if (run/"metrics.json").is_file() else {}
-    (run/"metrics.json").write_text(json.dumps({**old, **metrics}, indent=1)); return metrics
+    old = Path(run)/"metrics.json"; before = json.loads(old.read_text()) if old.is_file() else {}
+    old.write_text(json.dumps({**before, **metrics}, indent=1)); return metrics
+
+# %% ../nbs/06d_one_step_judges.ipynb #893e8f3b
+def judge_runs(runs,  # {name: run folder}
+               n=64, levels=(20, 60, 100, 200, 400), seed=1, device=None): # as for `judge_run`
+    "({\"NAME minus base\", then \"LATER minus EARLIER\": one-step differences}, [a sentence for each run or pair that cannot be judged])."
+    out, between, got, notes = {}, {}, {}, []
+    for name, run in runs.items():
+        try: cfg, on, metrics, _, after = _judge(run, n, levels, seed, device)
+        except (OSError, ValueError) as e: notes.append(f"no one-step metrics of {name}: {e}"); continue
+        out[f"{name} minus base"] = metrics["one_step"]
+        for other, (was, scores) in got.items():
+            if was != on: notes.append(f"no one-step difference of {name} and {other}: they were held to other pictures or networks"); continue
+            between[f"{name} minus {other}"] = _apart(scores, after, cfg["T"] or None)
+        got[name] = on, after
+    return out | between, notes

@@ -41,6 +41,7 @@ def _boxes(on,     # (h,w) bool
 class WorldReader:
     "Reads pictures of the built-in world with its judge."
     name, limb_pairs, face_least = "critic", None, 4
+    by = dict(people="the built-in world's judge", joints="the built-in world's judge", faces="the built-in world's judge")
     def __init__(self, critic): # `Critic`, one that nothing was trained with
         self.critic = critic
 
@@ -64,14 +65,14 @@ class PhotoReader:
                  detector="PekingU/rtdetr_r50vd_coco_o365",           # Hub id or folder of an object detector that knows "person"
                  least=.5,      # score a person needs
                  device="cpu"): # where the networks run
-        self.least, self.device = least, device
+        self.least, self.device = least, device; self.by = dict(faces="MTCNN (facenet-pytorch)")
         try:
             if pose == "keypointrcnn":
                 from torchvision.models.detection import keypointrcnn_resnet50_fpn as make
-                self.rcnn = make(weights="DEFAULT", progress=False).eval().to(device); return
+                self.rcnn = make(weights="DEFAULT", progress=False).eval().to(device); self.by |= dict.fromkeys(("people", "joints"), "Keypoint R-CNN (torchvision)"); return
             from transformers import AutoImageProcessor, AutoModelForObjectDetection, VitPoseForPoseEstimation
             self.rcnn, self.pose, self.detector = None, *(c.from_pretrained(p, use_safetensors=True).eval().to(device) for c, p in ((VitPoseForPoseEstimation, pose), (AutoModelForObjectDetection, detector)))
-            self.to_pose, self.to_detector = (AutoImageProcessor.from_pretrained(p) for p in (pose, detector))
+            self.by |= dict(people=f"object detector {detector}", joints=f"ViTPose {pose}"); self.to_pose, self.to_detector = (AutoImageProcessor.from_pretrained(p) for p in (pose, detector))
         except (OSError, ValueError) as e: raise FileNotFoundError(f"the pose reader needs {pose if pose == 'keypointrcnn' else f'{pose} and {detector}'}, which could not be loaded or downloaded ({type(e).__name__}): fetch them once with internet, or pass local folders") from None
 
 # %% ../nbs/06b_people_metrics.ipynb #fcc6d536

@@ -6,7 +6,7 @@
 __all__ = ['run_folder', 'load_data', 'keyed_noise', 'load_networks', 'Trainer', 'RunResult', 'train', 'main']
 
 # %% ../nbs/05_train.ipynb #0a2169d4
-import argparse, contextlib, hashlib, json, math, os, signal, sys, typing
+import argparse, contextlib, hashlib, json, math, os, signal, sys, time, typing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from fastcore.basics import patch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
+from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from .budget import announced
 from .cache import LatentCache, build_cache
@@ -34,7 +35,6 @@ from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .show import picture_grid, progress
 from .speed import capped, compiled, make_optimizer, set_up, stratified_timesteps
 from .watch import OutOfMemory, Unimportant, advice, check_tracker, is_out_of_memory, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
-from diffusers.training_utils import EMAModel
 
 # %% ../nbs/05_train.ipynb #b916722a
 def run_folder(config): # `TrainConfig`
@@ -278,9 +278,9 @@ def go_on(self:Trainer):
 @patch
 def _log(self:Trainer, log, rows, bar): # open metrics.jsonl, `step`'s results since the last line, progress bar
     "One line of metrics.jsonl, and the same for the tracker."
-    row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, **summarise(rows)); self.history.append(row)
+    row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, images_per_second=round(self.config.batch_size*self.config.log_steps/(time.perf_counter()-self.clock), 3), **summarise(rows)); self.history.append(row); self.clock = time.perf_counter()
     if self.acc.is_main_process: log.write(json.dumps(row)+"\n"); log.flush(); bar.set_postfix(loss=row["loss"])
-    self.may_fail(self.config.report_to, self.acc.log, {**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr") if row[k] is not None},
+    self.may_fail(self.config.report_to, self.acc.log, {**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second") if row[k] is not None},
                   **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"}}, step=self.step_done)
 
 @patch
@@ -326,6 +326,7 @@ def loop(self:Trainer, log, # open metrics.jsonl
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
     parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
     loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
+    self.clock = time.perf_counter()
     with stop_requests() as asked:
         for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
             before, batches = self.step_done, [(part, self._empty(_next(loader))) for part in parts]

@@ -18,14 +18,14 @@ def picture_folder(path, n=20, kinds=NAMES):
 
 class Server:
     "masked-ldm-study as a process."
-    def __init__(self, folder, port=None):
-        self.folder = folder
+    def __init__(self, folder, port=None, *more):
+        self.folder, self.more = folder, more
         if port is None:
             with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
         self.port, self.url = port, f"http://127.0.0.1:{port}/"; self.start()
 
     def start(self):
-        self.process = subprocess.Popen([sys.executable, "-c", "from masked_ldm.study import main; main()", str(self.folder), "--port", str(self.port)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", "from masked_ldm.study import main; main()", str(self.folder), "--port", str(self.port), *self.more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = [self.process.stdout.readline() for _ in range(4)]
         for _ in range(200):
             try: socket.create_connection(("127.0.0.1", self.port), .2).close(); return
@@ -62,18 +62,26 @@ def test_twenty_votes_survive_a_kill(server, chromium):
     page.goto(server.url); ready(page, 0); shot(page, "study_desk")
     for i in range(7): page.keyboard.press(("ArrowLeft", "ArrowRight", "ArrowDown")[i % 3]); ready(page, i+1)
     for url in ("", "vote.js", "study.css", "api/next", *(page.get_attribute(f"#{side}", "src") for side in ("left", "right"))): r = context.request.get(server.url + url); assert r.ok; heard.append(f"{r.headers} {r.body()}")
-    page.keyboard.press("a"); page.keyboard.press("b"); page.keyboard.press("b"); ready(page, 8)   # a nervous finger
+    page.evaluate("for (const key of 'abb') document.dispatchEvent(new KeyboardEvent('keydown', { key }))"); ready(page, 8)   # a nervous finger: three keys before the first is answered
     page.reload(); ready(page, 8)
     other = context.new_page(); other.goto(server.url); ready(other, 8); other.keyboard.press("1"); ready(other, 9); page.keyboard.press("2"); ready(page, 9)   # a second tab: that page was answered there
     before = server.rows(); server.kill(); page.keyboard.press("ArrowRight"); page.wait_for_selector("#trouble:not([hidden])"); assert "kept here and sent again" in page.inner_text("#trouble"); shot(page, "study_down")
-    page.keyboard.press("ArrowLeft"); server.start(); ready(page, 10); assert page.is_hidden("#trouble")
+    page.keyboard.press("ArrowLeft"); server.start(); ready(page, 10); assert page.is_hidden("#trouble") and page.evaluate("localStorage.length") == 0
     assert server.rows()[:len(before)] == before and len(server.rows()) == 10
     for i in range(10, 20): page.click(f"nav button[data-choice={('left', 'right', 'same')[i % 3]}]"); page.wait_for_timeout(0) if i == 19 else ready(page, i+1)
-    page.wait_for_selector("#done:not([hidden])"); shot(page, "study_done")
+    page.wait_for_selector("#done:not([hidden])"); shot(page, "study_done"); page.set_viewport_size(dict(width=390, height=844)); shot(page, "study_done_phone")
     rows = server.rows(); assert len(rows) == 20 == len({r[:3] for r in rows}) and len({r[0] for r in rows}) == 1
     said = " ".join(heard) + page.content(); assert page.evaluate("window.hacked === undefined") and len(heard) > 60
     assert not any(name in said for name in (*NAMES, str(server.folder), "pictures/", "_000", "votes.sqlite"))   # blind
-    key = re.search(r"results: (\S+)", "".join(server.said))[1]; page.goto(key); assert all(n in page.content() for n in NAMES) and "20 votes of 1 voters" in page.content(); shot(page, "study_results")
+    key = re.search(r"results: (\S+)", "".join(server.said))[1]; page.goto(key); assert all(n in page.content() for n in NAMES) and "20 votes of 1 voter" in page.content(); shot(page, "study_results")
+    page.set_viewport_size(dict(width=390, height=844)); assert page.evaluate("document.documentElement.scrollWidth") <= 390; shot(page, "study_results_phone")
+
+def test_a_vote_outlives_its_page(server, chromium):
+    "The server dies, the voter votes, closes the page, and comes back when it is up again."
+    context = chromium.new_context(viewport=dict(width=390, height=844)); page = context.new_page(); page.goto(server.url); ready(page, 0); page.keyboard.press("ArrowLeft"); ready(page, 1)
+    server.kill(); page.click("nav button[data-choice=right]"); page.wait_for_selector("#trouble:not([hidden])"); shot(page, "study_down_phone"); assert "close the page" in page.inner_text("#trouble"); page.close()
+    server.start(); assert len(server.rows()) == 1
+    back = context.new_page(); back.goto(server.url); ready(back, 2); assert len(server.rows()) == 2 and back.evaluate("localStorage.length") == 0; back.reload(); ready(back, 2)
 
 def test_on_a_phone(server, chromium):
     first = chromium.new_context(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True, device_scale_factor=2); page = first.new_page(); page.goto(server.url); ready(page, 0); shot(page, "study_phone")
@@ -95,6 +103,17 @@ def test_nothing_outside_is_served(server, path):
 
 def test_results_need_the_key_and_the_host_is_checked(server):
     assert server.get("/results")[0] == server.get("/votes.csv?key=x")[0] == 403 and server.get("/", Host="evil.example")[0] == 400
+
+def test_open_to_the_network(tmp_path):
+    "The addresses that are printed are real ones, and only this computer's own names are answered to."
+    from masked_ldm.study import own_addresses
+    s = Server(picture_folder(tmp_path/"study", 3), None, "--host", "0.0.0.0", "--allow-host", "lab.example")
+    try:
+        said = "".join(s.said); assert "0.0.0.0" not in said and "127.0.0.1" not in said and "can vote" in said and all(a in said for a in own_addresses()) and socket.gethostname() in said
+        for host in (f"127.0.0.1:{s.port}", "localhost", socket.gethostname(), f"lab.example:{s.port}"): assert s.get("/", Host=host)[0] == 200, host
+        for host in ("evil.example", f"evil.example:{s.port}", "192.0.2.77", "lab.example.evil.example", ""): assert s.get("/", Host=host)[0] == 400, host
+        for a in [a for a in own_addresses() if ":" not in a]: c = http.client.HTTPConnection(a, s.port, timeout=10); c.request("GET", "/"); assert c.getresponse().status == 200   # by the address that is printed
+    finally: s.kill()
 
 def test_wrong_folder_is_one_sentence(tmp_path):
     r = subprocess.run([sys.executable, "-c", "from masked_ldm.study import main; main()", str(tmp_path), "--folder", str(tmp_path/"s")], cwd=ROOT, capture_output=True, text=True)

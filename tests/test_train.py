@@ -24,6 +24,7 @@ def test_papermill_run(tmp_path, quick):
 def weights(path): return load_file(path/"controlnet"/"diffusion_pytorch_model.safetensors")
 
 def test_resumed_is_never_stopped(tmp_path, quick):
+    "A15: bit-equal, in the middle of an epoch too."
     from masked_ldm.train import ConfigError, TrainConfig, train
     whole = train(TrainConfig.make(**quick))
     half = {**quick, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3}))
@@ -51,7 +52,7 @@ def test_accumulation_and_checkpointing_are_the_same_step(tmp_path, quick):
         assert off[worst] < 2e-2, (k, worst, off[worst])   # float32 through ReLU and max-pooling kinks of the loss networks
 
 def test_two_processes_are_one(tmp_path, quick):
-    "The same global batch over two processes follows the same curve."
+    "A14: the same global batch over two processes follows the same curve."
     from masked_ldm.train import TrainConfig, train
     one = train(TrainConfig.make(**{**quick, "T": 400, "max_steps": 4})); two = {**quick, "out_dir": str(tmp_path/"two"), "T": 400, "max_steps": 4}
     code, text = run(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "masked_ldm.train",

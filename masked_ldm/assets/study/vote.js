@@ -24,17 +24,31 @@ function trouble(text, again) {
   setTimeout(again, 1500);
 }
 
+// A vote stays in the browser until the server has answered, also if the page is closed meanwhile.
+const MARK = "undelivered ";
+function keep(body) { try { localStorage.setItem(MARK + body.page, body.choice); } catch (e) { /* private mode: kept by this page only */ } }
+function forget(body) { try { localStorage.removeItem(MARK + body.page); } catch (e) { /* as above */ } }
+function undelivered() {
+  try { return Object.keys(localStorage).filter(k => k.startsWith(MARK)).map(k => ({ page: k.slice(MARK.length), choice: localStorage.getItem(k) })); } catch (e) { return []; }
+}
+
 // The same request is repeated until the server answers. It counts a vote once however often it arrives.
 async function ask(url, body) {
   busy = true;
+  if (body) keep(body);
   try {
     const r = await fetch(url, body ? { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) } : { cache: "no-store" });
     if (!r.ok) throw new Error(r.status);
     const state = await r.json();
-    $("trouble").hidden = true;
+    if (body) forget(body);
+    $("trouble").hidden = true; document.body.classList.remove("down");
+    const [next] = undelivered();
+    if (next) return ask("api/vote", next);
     show(state);
   } catch (e) {
-    trouble(body ? "The server does not answer. Your last vote is kept here and sent again." : "The server does not answer; trying again.", () => ask(url, body));
+    document.body.classList.add("down");
+    trouble(body ? "The server does not answer. Your last vote is kept here and sent again until it does; nothing is lost if you close the page and come back later."
+      : "The server does not answer; trying again.", () => ask(url, body));
   }
 }
 
