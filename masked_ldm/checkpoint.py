@@ -110,7 +110,7 @@ def lock(folder): # of a run
     if key in _locks: return
     try: import fcntl
     except ImportError: return                      # no such locks on Windows
-    f = open(Path(folder)/".lock", "a+")
+    Path(folder).mkdir(parents=True, exist_ok=True); f = open(Path(folder)/".lock", "a+")
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         f.seek(0); who = f.read().strip(); f.close(); raise OSError(f"run folder {folder} is in use by process {who or 'unknown'}") from None

@@ -45,3 +45,11 @@ def test_eight_bit_resumes(tmp_path, quick):
     whole = train(TrainConfig.make(**quick, use_8bit_adam=True)); half = {**quick, "out_dir": str(tmp_path/"half"), "use_8bit_adam": True}
     train(TrainConfig.make(**{**half, "max_steps": 3})); rest = train(TrainConfig.make(**half, resume="latest"))
     a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_a_run_on_a_gpu_announces_itself(monkeypatch):
+    "No GPU is needed: what the card says is given."
+    from masked_ldm import budget
+    from masked_ldm.config import TrainConfig
+    monkeypatch.setattr(budget.torch.cuda, "get_device_name", lambda device: "a card"); monkeypatch.setattr(budget, "throughput", lambda device, bf16: 1.)
+    for gib, said in ((12, "on a card with 12.0 GiB free"), (.2, "that will not fit. These settings would: "), (.01, "No switch helps")):
+        monkeypatch.setattr(budget.torch.cuda, "mem_get_info", lambda device: (int(gib*2**30), 0)); text = budget.announced(TrainConfig.make(T=1000), "cuda:0"); assert text.startswith("planned: ") and said in text, text
