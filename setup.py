@@ -16,6 +16,6 @@ setup(
     classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Developers", "Intended Audience :: Science/Research", "Natural Language :: English",
                  *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14))],
     packages=find_packages(include=["masked_ldm", "masked_ldm.*"]), include_package_data=True,
-    install_requires=cfg["requirements"].split(), extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "fid", "study")},
+    install_requires=cfg["requirements"].split(), extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "fid", "study", "adam8bit")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']},
     zip_safe=False)

@@ -46,7 +46,7 @@ def held_out(config, # a run's config.json
     if config.get("data_root") is None:
         if config.get("size", 64) != 64: raise ValueError(f"the judges of the built-in world see pictures of 64 pixels, this run draws {config['size']}")
         return _world(n, n_ref)
-    val, train = (PersonDataset(where[s], config["size"]) for s in ("val", "train")); n = min(n, len(val)); rows = [val[i] for i in range(n)]
+    val, train = (PersonDataset(where[s], config["size"], crop=config.get("crop", "center")) for s in ("val", "train")); n = min(n, len(val)); rows = [val[i] for i in range(n)]
     rest = n + n_ref <= len(val); ref = [as_pil(val[n+i]["pixels"]) for i in range(n_ref)] if rest else [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
     want = [np.nan if (k := people_in_caption(r["caption"])) is None else k for r in rows]
     said = "validation pictures that are no prompts" if rest else f"training pictures, since only {len(val)-n} validation pictures are no prompts"

@@ -102,7 +102,7 @@ def _judge(run, n, levels, seed, device): # (config, what it was judged by and o
     cfg, where = (json.loads((run/f).read_text()) for f in ("config.json", "data.json")); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(cfg["base"], device); model = ControlledUNet(base.unet, load_branch(run/"controlnet", device).eval())
     lpips, face = (m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"])))
-    got = compare(base, model, PersonDataset(where["val"], cfg["size"]), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
+    got = compare(base, model, PersonDataset(where["val"], cfg["size"], crop=cfg.get("crop", "center")), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
     return cfg, (where["val"], *(cfg[k] for k in ("base", "size", "lpips_net", "face_net"))), *got
 
 def judge_run(run,         # run folder

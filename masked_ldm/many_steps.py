@@ -31,16 +31,16 @@ def ddim_step(model_output, # (B, ...) at (x_t, t)
 # %% ../nbs/02b_many_steps.ipynb #ab037000
 def predict_x0_steps(model,     # (x (B,...), t (B,)) -> model output; texts and branch closed over
                      x_t,       # (B, ...) noisy latents
-                     t,         # (B,) timesteps
+                     t,         # (B,) or scalar timesteps
                      scheduler, # as for `predict_x0`, with `alphas_cumprod`
                      k=1,       # model calls
                      remember=False, # keep every step's activations instead of computing them again: k times the memory, less time
                     ): # (B, ...) estimate of the clean latents, at least float32, with gradient through all k steps
     "The k-step estimate of x_0; k = 1 is Eq. (4). The model must be deterministic, dropout off. Raises ValueError for a flow-matching scheduler or k below 1."
     if not hasattr(scheduler, "alphas_cumprod"): raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod: several steps are DDIM steps")
-    levels = steps_down(t, k); x = x_t
+    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t)); levels = steps_down(t, k); x = x_t
     for i in range(k):
         last = i == k-1; s = levels[i] if last else levels[i+1]
-        def step(x, t, s): return ddim_step(model(x, t), x, t, s, scheduler)
+        def step(x, t, s): return ddim_step(model(x.to(x_t.dtype), t), x, t, s, scheduler)   # the model gets its own precision, the way between is float32
         x, x0 = step(x, levels[i], s) if remember or not torch.is_grad_enabled() else checkpoint(step, x, levels[i], s, use_reentrant=False, preserve_rng_state=False)
     return x0

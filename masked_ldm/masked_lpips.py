@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import ndimage
 from torch import nn
-from torch.autograd.function import once_differentiable
-from .reach import reaches, run_windows, windows
+from .as_it_goes import as_it_goes
+from .reach import reaches, run_windows, taps_of, windows
 
 # %% ../nbs/03_masked_lpips.ipynb #5c5a2b1b
 def unit(f,         # (B,C,h,w) features
@@ -63,7 +63,7 @@ class _LpipsTaps(nn.Module):
 # %% ../nbs/03_masked_lpips.ipynb #9691e593
 class MaskedLPIPS(nn.Module):
     "LPIPS averaged over people's masks: Eq. (2). Differentiable once, towards `pred` only."
-    def __init__(self, net="vgg",       # a name for `load_lpips`, an `lpips.LPIPS`, or a module (B,3,H,W) -> [(B,C,h,w), ...], with optional `heads` (per tap (C,) weights) and `stages`
+    def __init__(self, net="vgg",       # a name for `load_lpips`, an `lpips.LPIPS`, or a module (B,3,H,W) -> taps (B,C,h,w), one or a list or dict of them, with optional `heads` (per tap (C,) weights) and `stages`
                  per_person=False,      # average within each person first, so that each counts once
                  crop=True,             # run the network only on windows that people's features look at; False: on whole pictures
                  at_once=512*512):      # pixels that go through the network together: what memory is needed for
@@ -96,8 +96,8 @@ def maps(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
         ): # one (B,1,h,w) map a tap; their means add up to LPIPS
     "The difference maps of whole pictures, tap by tap. Raises ValueError for pictures that do not fit each other."
     _check(pred, target)
-    with torch.no_grad(): ft = list(self.net(target))
-    return [self._apart(l, p, t, len(ft))[:, None] for l, (p, t) in enumerate(zip(self.net(pred), ft))]
+    with torch.no_grad(): ft = taps_of(self.net(target))
+    return [self._apart(l, p, t, len(ft))[:, None] for l, (p, t) in enumerate(zip(taps_of(self.net(pred)), ft))]
 
 # %% ../nbs/03_masked_lpips.ipynb #135a57a9
 def split_mask(mask,    # (K,1,H,W)
@@ -134,7 +134,7 @@ def reach(self:MaskedLPIPS, size): # (H, W) of the pictures
         p = next(self.net.parameters(), torch.zeros(())); rs = reaches(self.stages, size, p.dtype, p.device) if self.crop else None
         if rs: sizes, far = [r.size for s in rs for r in s], max(r.hi - r.lo for r in reaches(lambda x: self.net(x), size, p.dtype, p.device))
         else:
-            with torch.no_grad(): sizes, far = [tuple(t.shape[-2:]) for t in self.net(torch.zeros(1, 3, *size, dtype=p.dtype, device=p.device))], max(size)
+            with torch.no_grad(): sizes, far = [tuple(t.shape[-2:]) for t in taps_of(self.net(torch.zeros(1, 3, *size, dtype=p.dtype, device=p.device)))], max(size)
         self._reaches[size] = rs, sizes, far < min(size)
     return self._reaches[size]
 
@@ -188,7 +188,7 @@ def jobs(self:MaskedLPIPS, mask, index, n): # (K,1,H,W); (K,) image of each; num
 @patch
 def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
     "(n,) weighted sums for pictures cut to the first window; the two sides go through the network abreast, so that only one stage of the target is ever held."
-    go = lambda x: run_windows(self.stages, reach, *key, x) if key else ((f, 0, 0) for f in self.net(x))
+    go = lambda x: run_windows(self.stages, reach, *key, x) if key else ((f, 0, 0) for f in taps_of(self.net(x)))
     pred, target = (v.contiguous(memory_format=torch.channels_last) for v in (pred, target)); gp, gt, total = go(pred), go(target), 0
     for l, w in enumerate(weights):
         with torch.no_grad(): ft, _, _ = next(gt)
@@ -197,24 +197,6 @@ def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
         total = total + torch.zeros(len(pred), device=w.device, dtype=w.dtype).index_add(0, k//(h*ww), (w[k]*self._apart(l, pick(fp), pick(ft), len(weights))).to(w.dtype))
     return total
 
-# %% ../nbs/03_masked_lpips.ipynb #68c4b1e1
-class _AsItGoes(torch.autograd.Function):
-    "Values of a function of pictures, and on the way their gradient."
-    @staticmethod
-    def forward(ctx, pred, value): # (B,3,H,W); yields (image numbers, cut, function of the cut pictures)
-        out, grad, kind = None, torch.zeros_like(pred, dtype=torch.promote_types(torch.float32, pred.dtype)), pred.device.type
-        half = pred.dtype == torch.float16 or torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        scale = 2.**16 if half else 1.   # a loss scaler comes too late for a gradient that is made here
-        for images, (rows, cols), f in value:
-            with torch.enable_grad(): p = pred[images][..., rows, cols].detach().requires_grad_(); v = f(p); g, = torch.autograd.grad(v.sum()*scale, p)
-            grad[..., rows, cols].index_add_(0, images, g.to(grad)/scale); out = _added(out, v.detach(), images, pred)
-        ctx.save_for_backward(grad); ctx.dtype = pred.dtype; return pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)) if out is None else out
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g): grad, = ctx.saved_tensors; return (g.view(-1, 1, 1, 1)*grad).to(ctx.dtype), None
-
-def _added(out, v, images, pred): return (torch.zeros(len(pred), device=v.device, dtype=v.dtype) if out is None else out).index_add(0, images, v)
-
 # %% ../nbs/03_masked_lpips.ipynb #b9f0ce6c
 @patch
 def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
@@ -222,23 +204,21 @@ def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
             mask,                   # (B,1,H,W) in [0,1]; with `per_person` (K,1,H,W), one a person
             index=None,             # (K,) image of each person, needed with `per_person`
            ): # (B,) mean over the mask, or mean over the means of an image's people; 0 without gradient where the mask is empty
-    "Perceptual distance inside the mask, per image. Raises ValueError for shapes that do not fit."
-    if self.per_person and index is None: raise ValueError("per_person=True needs `index`, the image number of each of the K masks")
-    _check(pred, target, mask)
-    if index is None: index = torch.arange(len(pred), device=pred.device)
+    "Perceptual distance inside the mask, per image. Raises ValueError for shapes that do not fit, masks outside [0,1] and image numbers without `per_person`."
+    if self.per_person != (index is not None): raise ValueError("per_person=True needs `index`, the image number of each of the K masks" if self.per_person else "`index` is for per_person=True; without it pass the union of an image's people, (B,1,H,W)")
+    _check(pred, target, mask); index = torch.arange(len(pred), device=pred.device) if index is None else index
     if len(index) != len(mask): raise ValueError(f"{len(mask)} masks do not fit {len(index)} image numbers")
-    mask = mask.detach().to(torch.promote_types(torch.promote_types(torch.float32, pred.dtype), mask.dtype)); jobs, reach = self.jobs(mask, index, len(pred)), self.reach(tuple(pred.shape[-2:]))[0]
+    mask = mask.detach().to(torch.promote_types(torch.promote_types(torch.float32, pred.dtype), mask.dtype))
+    if mask.numel() and not (mask.amin() >= 0 and mask.amax() <= 1 + 1e-4): raise ValueError(f"mask must be in [0,1], not {mask.amin().item():g} to {mask.amax().item():g}")
+    jobs, reach = self.jobs(mask, index, len(pred)), self.reach(tuple(pred.shape[-2:]))[0]
     def work():
         for key, todo in jobs.items():
             rows, cols = (slice(*k[0]) for k in key) if key else (slice(None), slice(None))
             area = (rows.stop-rows.start)*(cols.stop-cols.start) if key else mask.shape[-2]*mask.shape[-1]; n = max(1, self.at_once//area)
             for part in (todo[i:i+n] for i in range(0, len(todo), n)):
-                images = torch.tensor([i for i, _ in part], device=pred.device); w = [torch.stack(v) for v in zip(*(w for _, w in part))]
-                yield images, (rows, cols), lambda p: self._run(p, target.detach()[images][..., rows, cols], w, key, reach)             # Eq. (2)
-    if torch.is_grad_enabled() and pred.requires_grad: return _AsItGoes.apply(pred, work())
-    out = None
-    for images, (rows, cols), f in work(): out = _added(out, f(pred[images][..., rows, cols]), images, pred)
-    return pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)) if out is None else out
+                images = torch.tensor([i for i, _ in part], device=pred.device); w = [torch.stack(v) for v in zip(*(w for _, w in part))]; cut = (..., rows, cols)
+                yield images, cut, lambda p: self._run(p, target.detach()[images][cut], w, key, reach)             # Eq. (2)
+    return as_it_goes(pred, work())
 
 # %% ../nbs/03_masked_lpips.ipynb #f4a684f8
 def region_mask(mask,         # (B,1,H,W) people, in [0,1]

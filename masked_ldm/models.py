@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from fastcore.basics import patch
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -93,12 +94,26 @@ def load_base(name="tiny",         # "tiny", "sd15", a folder or a hub id
 # %% ../nbs/00_models.ipynb #43b94683
 @patch
 @torch.no_grad()
+def moments(self:Base, images, # (B,3,H,W) RGB in [-1,1]
+           ): # (B,8,H/f,W/f) mean and log-variance of the posterior, in the precision in which the VAE works
+    "What the VAE knows of images before any noise, without gradient: all that is worth keeping of an encoding."
+    return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
+
+@patch
+@torch.no_grad()
+def draw(self:Base, moments, # (B,8,h,w) from `Base.moments`
+         noise=None,         # (B,4,h,w) standard normal: a draw from the posterior; None takes its mode
+        ): # (B,4,h,w) latents of unit scale
+    "Latents from a posterior, without gradient."
+    d = DiagonalGaussianDistribution(moments)
+    return (d.mode() if noise is None else d.mean.float() + d.std.float()*noise).float()*self.vae.config.scaling_factor
+
+@patch
 def encode(self:Base, images, # (B,3,H,W) RGB in [-1,1]
            noise=None,        # (B,4,H/f,W/f) standard normal: a draw from the posterior; None takes its mode
           ): # (B,4,H/f,W/f) latents of unit scale
     "Images to latents, without gradient."
-    d = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-    return (d.mode() if noise is None else d.mean.float() + d.std.float()*noise).float()*self.vae.config.scaling_factor
+    return self.draw(self.moments(images), noise)
 
 @patch
 def decode(self:Base, latents, # (B,4,h,w) of unit scale

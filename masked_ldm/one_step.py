@@ -58,12 +58,14 @@ def propose_T(t,      # (n,) timesteps, rising
               quality, # (n,) measured there, or (n,m) with m pictures and noises; NaN is left out
               wanted, # the bound
               smaller_is_better=False, # True for LPIPS and face distance, False for PSNR
-             ): # T in 0..1000: the bound holds for t < T; 0 if it never does, 1000 if it always does
-    "The gate that a wanted quality of x0_hat asks for. Raises ValueError if timesteps do not rise."
+             ): # T in 0..1000: the bound holds for t < T; 0 if it never does; at most one more than the last timestep measured
+    "The gate that a wanted quality of x0_hat asks for. Raises ValueError if timesteps do not rise or nothing was measured."
     t, q = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(quality, dtype=torch.float64); q = q.nanmean(1) if q.ndim == 2 else q
     if len(t) != len(q) or (t.diff() <= 0).any(): raise ValueError("propose_T needs one quality a timestep, and timesteps that rise")
+    t, q = t[~q.isnan()], q[~q.isnan()]
+    if not len(t) or wanted != wanted: raise ValueError("propose_T needs a bound and at least one measured quality; all are NaN")
     over = (q - wanted)*(-1 if smaller_is_better else 1)   # 0 or more where the bound holds
     if over[0] < 0: return 0
     bad = (over < 0).nonzero()[:, 0]
-    if not len(bad): return 1000
+    if not len(bad): return min(1000, int(t[-1])+1)
     j = int(bad[0]); return int(t[j-1] + (t[j]-t[j-1])*over[j-1]/(over[j-1]-over[j]))

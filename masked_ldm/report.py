@@ -14,7 +14,7 @@ import torch
 from .people_metrics import BETTER
 
 # %% ../nbs/06e_report.ipynb #7f2a977f
-LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics", "scipy", "numpy")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "lpips", "facenet-pytorch", "torchmetrics", "scipy", "numpy")
 
 def commit(folder=None): # of a repository; None: this package's
     "Commit of a repository or of one of its worktrees, None where there is none."

@@ -62,7 +62,7 @@ def test_a_run_on_photographs(tmp_path):
 @pytest.mark.parametrize("area_rule", ["union", "sum"])
 @pytest.mark.parametrize("crowd", ["ignore", "drop"])
 def test_counts_per_rule_are_pycocotools_own(split, area_rule, crowd):
-    from masked_ldm.coco import Rule, select_pictures
+    from masked_ldm.subset import Rule, select_pictures
     rows, report = select_pictures(COCO_ROOT, split, Rule(.05, area_rule, crowd=crowd)); coco = COCO(f"{COCO_ROOT}/annotations/instances_{split}2017.json"); person = coco.getCatIds(["person"])
     want, kept = {}, set()
     def drop(why): want[why] = want.get(why, 0) + 1
@@ -79,7 +79,7 @@ def test_counts_per_rule_are_pycocotools_own(split, area_rule, crowd):
         for p in r["people"]: assert (rle.decode(p["segmentation"]) == coco.annToMask(coco.anns[p["id"]])).all()
 
 def test_calibration_keeps_what_is_wanted():
-    from masked_ldm.coco import Rule, calibrate_min_area, select_pictures
+    from masked_ldm.subset import Rule, calibrate_min_area, select_pictures
     for area_rule in ("union", "sum"):
         for k, v in calibrate_min_area(COCO_ROOT, dict(train=20, val=7), area_rule).items():
             print(area_rule, k, v); assert v["kept"] == v["wanted"] == len(select_pictures(COCO_ROOT, k, Rule(v["min_area"], area_rule))[0])

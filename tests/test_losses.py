@@ -46,3 +46,43 @@ def test_masks_that_do_not_fit_are_named():
     loss, x = MaskedLPIPS(random_tapnet(0)), torch.zeros(3, 3, 64, 64)
     for mask, said in ((torch.ones(3, 3, 64, 64), "mask must be"), (torch.ones(1, 1, 64, 64), "1 masks do not fit 3"), (torch.ones(3, 64, 64), "mask must be")):
         with pytest.raises(ValueError, match=said): loss(x, x, mask)
+
+@pytest.fixture
+def step():
+    "A small model, decoder and batch: (losses(**settings) -> Terms, trained weights)."
+    from masked_ldm.face_loss import FaceLoss
+    from masked_ldm.objective import MaskAwareObjective
+    torch.manual_seed(0); net, decoder = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Sequential(torch.nn.Upsample(scale_factor=8), torch.nn.Conv2d(4, 3, 3, padding=1)).requires_grad_(False)
+    z, x = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 32, 32)*2-1; mask = torch.zeros(2, 1, 32, 32); mask[:, :, 4:28, 8:24] = 1; boxes = torch.tensor([[0., 8, 4, 24, 20], [1, 9, 5, 25, 21]])
+    def losses(decode=decoder, m=mask, b=boxes, **kw):
+        out = net(z); objective = MaskAwareObjective(**{**dict(T=100, lambda1=.2, lambda2=.5, lpips=MaskedLPIPS(random_tapnet(0, widths=(4, 8))), face=FaceLoss(random_tapnet(1, widths=(4, 8)), size=16), decode=decode), **kw})
+        return objective(out.square().mean((1, 2, 3)), out, torch.tensor([5, 50]), x, m, b)
+    return losses, list(net.parameters()), decoder, mask
+
+DEATHS = {"decode under no_grad": "decode runs under torch.no_grad", "uint8 round trip": "uint8 round trip", "detach": r"\.detach\(\)", "mask of zeros": "the mask is empty", "frozen branch": "no weight is trained",
+          "as published": "decoded picture has none", "half of the batch": r"sample\(s\) 1 of", "saturated clamp": "carries zeros", "no faces": "no boxes"}
+
+@pytest.mark.parametrize("way", DEATHS)
+def test_a_dead_term_is_refused_and_named(step, way):
+    from masked_ldm.objective import DeadTerm, check_gradients
+    losses, params, decoder, mask = step; assert all(v > 0 for v in check_gradients(losses(), params).values())
+    kw = {"decode under no_grad": dict(decode=torch.no_grad()(lambda z: decoder(z))), "uint8 round trip": dict(decode=lambda z: ((decoder(z).clamp(-1, 1)+1)*127.5).byte()/127.5-1), "detach": dict(decode=lambda z: decoder(z.detach())),
+          "mask of zeros": dict(m=mask*0), "as published": dict(variant="as_published"), "half of the batch": dict(decode=lambda z: torch.cat([decoder(z[:1]), decoder(z[1:]).detach()])),
+          "saturated clamp": dict(decode=lambda z: (decoder(z)*1e6).clamp(-1, 1)), "no faces": dict(b=torch.zeros(0, 5))}.get(way, {})
+    if way == "frozen branch":
+        for p in params: p.requires_grad_(False)
+    with pytest.raises(DeadTerm, match=DEATHS[way]): check_gradients(losses(**kw), params)
+
+def test_two_face_losses_share_a_network_and_survive_copying():
+    import copy
+    from masked_ldm.face_loss import FaceLoss
+    net = random_tapnet(1, widths=(4, 8)); a, b = FaceLoss(net, size=16), FaceLoss(net, size=16); x, y = torch.rand(2, 2, 3, 32, 32)*2-1; boxes = torch.tensor([[0., 4, 4, 20, 24], [1, 6, 2, 28, 30]])
+    v = a(x, y, boxes); assert torch.equal(copy.deepcopy(a)(x, y, boxes), v) and torch.equal(b(x, y, boxes), v) and v.min() > 0
+
+def test_a_backbone_may_return_one_tap_or_a_dict():
+    class Net(torch.nn.Module):
+        def __init__(self, form): super().__init__(); torch.manual_seed(0); self.c, self.form = torch.nn.Conv2d(3, 4, 3, padding=1), form
+        def forward(self, x): f = self.c(x); return dict(one=f, list=[f], dict={"f": f}, mean=f - f.mean((2, 3), keepdim=True), tokens=f.flatten(2))[self.form]
+    x, y = torch.rand(2, 1, 3, 48, 48)*2-1; mask = torch.zeros(1, 1, 48, 48); mask[..., 4:14, 6:20] = 1; v = {f: MaskedLPIPS(Net(f))(x, y, mask) for f in ("one", "list", "dict", "mean")}
+    assert torch.equal(v["one"], v["list"]) and torch.equal(v["dict"], v["list"]) and v["mean"] > 0
+    with pytest.raises(TypeError, match="must return its taps"): MaskedLPIPS(Net("tokens"))(x, y, mask)

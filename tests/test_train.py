@@ -24,6 +24,7 @@ def test_papermill_run(tmp_path, quick):
 def weights(path): return load_file(path/"controlnet"/"diffusion_pytorch_model.safetensors")
 
 def test_resumed_is_never_stopped(tmp_path, quick):
+    "A15: bit-equal, in the middle of an epoch too."
     from masked_ldm.train import ConfigError, TrainConfig, train
     whole = train(TrainConfig.make(**quick))
     half = {**quick, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3}))
@@ -51,7 +52,7 @@ def test_accumulation_and_checkpointing_are_the_same_step(tmp_path, quick):
         assert off[worst] < 2e-2, (k, worst, off[worst])   # float32 through ReLU and max-pooling kinks of the loss networks
 
 def test_two_processes_are_one(tmp_path, quick):
-    "The same global batch over two processes follows the same curve."
+    "A14: the same global batch over two processes follows the same curve."
     from masked_ldm.train import TrainConfig, train
     one = train(TrainConfig.make(**{**quick, "T": 400, "max_steps": 4})); two = {**quick, "out_dir": str(tmp_path/"two"), "T": 400, "max_steps": 4}
     code, text = run(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "masked_ldm.train",
@@ -143,3 +144,49 @@ def test_gate_and_warm_up_reach_the_run(tmp_path, quick):
     rows = train(TrainConfig.make(**{**quick, "max_steps": 4, "T": 1000, "lambda_warmup_steps": 3, "gate": "cosine"})).history
     assert rows[0]["lpips"] is None and rows[0]["face"] is None and all(r["lpips"] and r["face"] for r in rows[1:])   # the lambdas start at 0, the preflight looks at them full
     run = Trainer(TrainConfig.make(**quick, T=500, gate="linear"), tmp_path); assert run.objective.gate(torch.tensor([0, 250, 500])).tolist() == [1, .5, 0]
+
+def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeypatch):
+    from masked_ldm import train as module
+    whole = module.train(module.TrainConfig.make(**{**quick, "val_pictures": 0})); half = {**quick, "val_pictures": 0, "out_dir": str(tmp_path/"half")}; losses = module.Trainer.losses
+    def full(self, *a, **kw):
+        if self.step_done == 4: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return losses(self, *a, **kw)
+    monkeypatch.setattr(module.Trainer, "losses", full); monkeypatch.setattr(module, "advice", lambda *a: "gradient_checkpointing=True")
+    with pytest.raises(RuntimeError, match=r"out of memory in step 5 .*resume=latest and one or more of: gradient_checkpointing=True") as e: module.train(module.TrainConfig.make(**half))
+    assert module.told(e.value) and (tmp_path/"half"/"checkpoints"/"step_000004").is_dir()
+    monkeypatch.setattr(module.Trainer, "losses", losses); rest = module.train(module.TrainConfig.make(**half, resume="latest")); a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, capsys):
+    import huggingface_hub
+    from accelerate import Accelerator
+    from masked_ldm.train import ConfigError, TrainConfig, train
+    def away(*a, **kw): raise ConnectionError("no route to host")
+    monkeypatch.setattr(Accelerator, "log", away); monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", away)
+    done = train(TrainConfig.make(**{**quick, "report_to": "tensorboard", "push_to_hub": True, "hub_model_id": "me/mine", "val_pictures": 0, "max_steps": 3})); said = capsys.readouterr().out
+    assert said.count("no route to host") == 2 and "tensorboard failed, the run goes on without it" in said and "the upload to the Hub failed" in said and (done.path/"controlnet").is_dir()
+    with pytest.raises(ConfigError, match="push_to_hub needs hub_model_id"): TrainConfig.make(push_to_hub=True)
+    monkeypatch.setattr("masked_ldm.watch.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package trackio"): train(TrainConfig.make(**{**quick, "out_dir": str(tmp_path/"other"), "report_to": "trackio"}))
+
+def test_the_upload_holds_what_is_needed(tmp_path, monkeypatch):
+    import huggingface_hub
+    from masked_ldm.watch import push_to_hub
+    got = {}; monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, exist_ok: got.update(repo=repo)); monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **kw: got.update(kw) or "https://hf.co/me/mine")
+    assert push_to_hub(tmp_path, "me/mine") == "https://hf.co/me/mine" and got["repo_id"] == "me/mine" and "controlnet/*" in got["allow_patterns"] and "README.md" in got["allow_patterns"] and not any("checkpoint" in p for p in got["allow_patterns"])
+
+def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
+    from masked_ldm.train import TrainConfig, train
+    kw = {**quick, "use_ema": True, "ema_decay": .5, "validation_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}; whole = train(TrainConfig.make(**kw))
+    half = {**kw, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3})); rest = train(TrainConfig.make(**half, resume="latest"))
+    a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)   # the average went on too
+    last = load_file(sorted((whole.path/"checkpoints").iterdir())[-1]/"controlnet"/"diffusion_pytorch_model.safetensors"); assert any(not torch.equal(a[k], last[k]) for k in a)   # saved: the average; kept to go on: the weights
+    scores = {r["step"]: r["validation"]["score"] for r in whole.history if "validation" in r}; assert sorted(scores) == [2, 4, 6]; best = min(scores, key=scores.get)
+    assert json.loads((whole.path/"metrics.json").read_text())["best"]["step"] == best and {p.name for p in (whole.path/"checkpoints").iterdir()} == {f"step_{best:06d}", "step_000006"}
+    assert [r for r in rest.history if "validation" in r] == [r for r in whole.history if "validation" in r] and "averaged with decay 0.5" in (whole.path/"README.md").read_text()
+
+def test_one_folder_one_run(tmp_path, quick):
+    from masked_ldm.checkpoint import lock, unlock
+    (tmp_path/"run").mkdir(); lock(tmp_path/"run")
+    try: code, text = run(sys.executable, "-m", "masked_ldm.train", *(f"--{k}={v}" for k, v in quick.items()), OMP_NUM_THREADS="1")
+    finally: unlock(tmp_path/"run")
+    assert code == 1 and text.strip().splitlines()[-1] == f"masked-ldm-train: run folder {tmp_path/'run'} is in use by process {os.getpid()}", text
