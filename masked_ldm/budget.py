@@ -39,7 +39,7 @@ def fit(config,   # `TrainConfig`
     options = [dict(zip(names, on)) | more | accumulate for on in product((False, True), repeat=3) for more in ({}, dict(decode_batch=1)) for accumulate in ([{}] + [dict(gradient_accumulation_steps=k) for k in parts[1:]])]
     for o in options + ([o | dict(use_8bit_adam=True) for o in options] if eight_bit else []):
         new = {k: v for k, v in o.items() if v and getattr(config, k) != v and not (k in names and config.gradient_checkpointing)}; p = plan(replace(config, **new), processes)
-        rank = (bool(new.get("use_8bit_adam")), p.tflop, len(new), p.gib)
+        rank = (bool(new.get("use_8bit_adam")), p.tflop, len(new), new.get("gradient_accumulation_steps", 1), p.gib)
         if p.gib <= gib and (best is None or rank < best[0]): best = rank, new
     return best and best[1]
 

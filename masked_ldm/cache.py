@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE_VERSION', 'cache_bytes', 'fingerprint', 'cache_settings', 'describe_shard', 'save_shard', 'read_about', 'stale',
-           'encode_shards', 'build_cache', 'LatentCache']
+           'encode_shards', 'build_cache', 'cache_folder', 'LatentCache']
 
 # %% ../nbs/01e_cache.ipynb #b5b43526
 import copy, hashlib, json, os, shutil
@@ -161,6 +161,15 @@ def build_cache(dataset, # `PersonDataset`
     if todo: _room(folder, [a for a, _ in todo], base)
     for a, tensors in encode_shards(dataset, base, [a for a, _ in todo], workers) if todo else (): save_shard(path(a["shard"]), tensors, a)
     return {path(a["shard"]).name: why for a, why in todo}
+
+# %% ../nbs/01e_cache.ipynb #6b6e8688
+def cache_folder(cache_dir, # where caches are kept
+                 dataset,   # `PersonDataset`
+                 base,      # its name, as in `TrainConfig`
+                 mixed_precision="no", # "no" or "bf16"
+                ): # path
+    "Where a run looks for the cache of a data set."
+    return Path(cache_dir)/f"{dataset.info['content'][:10]}-latents-{Path(base).name}-{dataset.size}-{getattr(dataset, 'crop', 'center')}-{mixed_precision}"
 
 # %% ../nbs/01e_cache.ipynb #2b6848f4
 class LatentCache:

@@ -99,13 +99,14 @@ def check_zip(path): # of an archive
 
 def unpack_annotations(archive, # path of the zip
                        root,    # COCO root
-                      ): # names of the files
-    "Take the annotation files out of COCO's archive. Raises ValueError if it has none."
+                      ): # names of the files that were taken out
+    "Take the annotation files out of COCO's archive; those that are there stay. Raises ValueError if it has none."
     names, notes = [], Path(root)/"annotations"; notes.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive) as z:
         inside = {name: i for i in z.infolist() if not i.is_dir() and (name := re.split(r"[/\\\\]", i.filename)[-1]) in ANNOTATION_FILES}
         if not inside: raise ValueError(f"{archive} has none of COCO's annotation files ({', '.join(ANNOTATION_FILES[:2])}, ...)")
         for name, i in inside.items():
+            if (notes/name).is_file(): continue
             with z.open(i) as f, open(notes/f"{name}.part", "wb") as g: shutil.copyfileobj(f, g, 1 << 20)
             os.replace(notes/f"{name}.part", notes/name); names.append(name)
     return sorted(names)
@@ -120,7 +121,7 @@ def download_annotations(root,                # COCO root, made if it is not the
     if not lost: return []
     archive = root/"annotations"/"annotations_trainval2017.zip"; fetch(url, archive, check_zip, **how)
     names = unpack_annotations(archive, root); archive.unlink()
-    if still := [f for f in lost if f not in names]: raise ValueError(f"{url} has no {', '.join(still)}")
+    if still := [f for f in lost if not (root/"annotations"/f).is_file()]: raise ValueError(f"{url} has no {', '.join(still)}")
     return names
 
 # %% ../nbs/01i_download.ipynb #c22e64ef

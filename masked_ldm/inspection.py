@@ -48,6 +48,7 @@ def describe_manifest(rows, # from `load_manifest`
              "share of the picture that people cover:", histogram([r["area_fraction"] for r in rows], [0, .05, .1, .2, .3, .4, .5, .6, .8], name=lambda a, b: f"{a:g} to {b:g}"), "people in a picture:", histogram(own, [1, 2, 3, 4, 5, 8, 14]),
              "faces in a picture:", histogram([len(r["faces"]) for r in rows], [0, 1, 2, 3, 4, 5, 8, 14])]
     if bad: parts += [f"annotations with something wrong: {len(bad):,}", *(f"  {b['file']}, annotation {b['annotation']}: {b['wrong']}" for b in bad[:10]), *([f"  and {len(bad)-10:,} more, listed in manifest.json"] if len(bad) > 10 else [])]
+    if gone := info.get("quarantined"): parts += [f"pictures that cannot be used: {len(gone):,}", *(f"  {b['file']} (image {b['image_id']}) {b['reason']}" for b in gone[:10]), *([f"  and {len(gone)-10:,} more, listed in manifest.json"] if len(gone) > 10 else [])]
     return "\n".join(parts)
 
 # %% ../nbs/01j_inspection.ipynb #350a6507

@@ -79,7 +79,7 @@ def _pairs(r): # paired differences
         for m, d in by.items():
             if not d["n"]: out.append(f"{_mark(m):18s}{'-':>11s}"); continue
             out.append(f"{_mark(m):18s}{d['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (d['difference_low'], d['difference_high']):22s}{_p(d['p'])}  {_p(d['p_holm'])}{'*' if d['p_holm'] < .05 else ' '}"
-                       f"{d['detectable']:9.3f}{d['n']:6d}")
+                       f"{'%9.3f' % d['detectable'] if d['detectable'] else '        -'}{d['n']:6d}")
         for region, pairs in r["distance_pairs"].items():
             if d := pairs.get(pair): out.append(f"{'distance, '+region:18s}{d['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (d['low'], d['high']):22s}{_p(d['p'])}")
     return out

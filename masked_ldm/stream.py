@@ -131,7 +131,7 @@ class StreamDataset(torch.utils.data.IterableDataset):
                  epoch=0,         # see `set_epoch`; None: no augmentation, in the order of the manifest
                  node=None):      # (rank, number of nodes); None: what torch.distributed, or RANK and WORLD_SIZE, say now
         self.base, self.index = read_index(where); self.size, self.seed, self.flip, self.min_visible, self.crop, self.epoch, self.node = size, seed, flip, min_visible, crop, epoch, node or pytorch_worker_info()[:2]
-        if (have := self.index["cache"]) and (have["size"], have["crop"]) != (size, crop): raise ValueError(f"the latents in {self.base} are of {have['size']} px, crop {have['crop']!r}; asked for are {size} px, {crop!r}")
+        if (have := self.index["cache"]) and (have["size"], have["crop"]) != (size, crop): raise ValueError(f"the latents in {self.base} are of {have['size']} px, crop {have['crop']!r}; asked for are {size} px, crop {crop!r}")
 
     def set_epoch(self, epoch): # before each pass over the loader; workers that persist do not hear of it
         "Choose the epoch, as for `DistributedSampler`."

@@ -147,7 +147,7 @@ _E = lambda s: html.escape(str(s))
 
 def _table(head, body): # texts, rows of texts; a cell that is a list is markup
     cell = lambda v: v[0] if isinstance(v, list) else _E(v)
-    return '<div class="wide"><table><tr>' + "".join(f"<th>{_E(h)}</th>" for h in head) + "</tr>" + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in r) + "</tr>" for r in body) + "</table></div>"
+    return '<div class="wide"><table><tr>' + "".join(f"<th>{_E(h)}</th>" for h in head) + "</tr>" + "".join("<tr>" + "".join(f'<td data-head="{_E(h)}">{cell(v)}</td>' for h, v in zip(head, r)) + "</tr>" for r in body) + "</table></div>"
 
 def _band(mid, low, high, ends, zero): # an interval as a small drawing: its axis from ends[0] to ends[1], a line at `zero`
     x = lambda v: round(4 + 132*(min(max(v, ends[0]), ends[1])-ends[0])/(ends[1]-ends[0]), 1)

@@ -21,7 +21,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from .budget import announced
-from .cache import LatentCache, build_cache
+from .cache import LatentCache, build_cache, cache_folder
 from .checkpoint import Stopped, forget_locks, latest_checkpoint, load_checkpoint, lock, save_checkpoint, stop_requests, unlock
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
 from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_network
@@ -139,7 +139,7 @@ def keep_latents(self:Trainer):
     "Let the training set read its latents and text embeddings from disk, and make what is missing there, if the run is to have that."
     c, s = self.config, self.train_set
     if not (c.max_steps*c.batch_size > 2*len(s) if c.cache_latents is None else c.cache_latents): return   # a cache costs two encodings of each picture
-    folder = Path(c.cache_dir)/f"{s.info['content'][:10]}-latents-{Path(c.base).name}-{c.size}-{getattr(s, 'crop', 'center')}-{c.mixed_precision}"
+    folder = cache_folder(c.cache_dir, s, c.base, c.mixed_precision)
     made = build_cache(s, self.base, folder, c.mixed_precision, (self.acc.process_index, self.acc.num_processes), workers=c.dataloader_num_workers)
     self.acc.wait_for_everyone(); s.cache = LatentCache(folder)
     self.acc.print(f"latents and text embeddings of {len(s)} pictures are read from {folder}" + (f"; {len(made)} shard(s) were made" if made else ""))

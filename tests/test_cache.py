@@ -118,3 +118,13 @@ def test_two_processes_share_the_encoding(tmp_path, quick, monkeypatch):
                      *(x for k, v in two.items() for x in (f"--{k}", v)), OMP_NUM_THREADS="1"); assert code == 0, text
     rows = [json.loads(l) for l in (tmp_path/"two"/"metrics.jsonl").read_text().splitlines()]
     for a, b in zip(one.history, rows): assert abs(a["ldm"] - b["ldm"]) < 1e-4, (a, b)
+
+@pytest.mark.parametrize("crop", ["center", "people"])
+@pytest.mark.parametrize("size", [(97, 64), (64, 101), (130, 77)])
+def test_mirrored_sample_is_the_mirrored_picture(crop, size):
+    "What the cache relies on: flipping comes last, whatever the crop, so that one reading serves both flips."
+    import numpy as np
+    from PIL import Image
+    from masked_ldm.data import transform
+    rng = np.random.default_rng(0); w, h = size; image = Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)); mask = np.zeros((1, h, w), np.uint8); mask[0, 5:40, 3:30] = 1
+    a, b = (transform(image, mask, [[5., 6, 15, 20]], torch.zeros(1, 17, 3), 48, flip, crop=crop) for flip in (False, True)); assert torch.equal(a[0].flip(-1), b[0]) and torch.equal(a[1].flip(-1), b[1])

@@ -1,13 +1,27 @@
 "Annotations that cannot be right, rules that leave nothing, manifests that no longer fit, and what the command line says of each."
-import copy, json, shutil, sys
+import contextlib, copy, io, json, shutil, sys
 from collections import Counter
 from pathlib import Path
 import numpy as np, pytest
 from pycocotools import mask as rle
 from conftest import run
 
-def cli(*args): return run(sys.executable, "-m", "masked_ldm.data_command", *args)
-def train(*args): return run(sys.executable, "-m", "masked_ldm.train", *args)
+def _main(main, args):
+    "A command in this process, which starting Python and torch anew would make slow: (exit code, everything it printed)."
+    out, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try: main([str(a) for a in args])
+        except SystemExit as e: code = e.code if isinstance(e.code, int) else print(e.code) or 1
+    return code, out.getvalue()
+
+def cli(*args):
+    from masked_ldm.data_command import main
+    return _main(main, args)
+
+def train(*args):
+    from masked_ldm.train import main
+    return _main(main, args)
+
 def last(text): return text.strip().splitlines()[-1]
 
 @pytest.fixture(scope="module")
@@ -83,7 +97,7 @@ def test_every_reason_is_counted(spoil):
         for a in own[ids[2]]: a["segmentation"] = []
         for a in own[ids[3]]: a.update(segmentation=[[0, 0, 3, 0, 3, 3, 0, 3]], area=9.)
         d["images"] = [dict(im, license=9 if im["id"] == ids[4] else im["license"]) for im in d["images"]]; d["licenses"].append(dict(id=9, name="All rights reserved"))
-    root = spoil(change); captions = root/"annotations"/"captions_val2017.json"; c = json.loads(captions.read_text()); end = max(im["id"] for im in c["images"]); c["annotations"] = [a for a in c["annotations"] if a["image_id"] != end]; captions.write_text(json.dumps(c))
+    root = spoil(change); (root/"annotations"/"person_keypoints_val2017.json").unlink(); captions = root/"annotations"/"captions_val2017.json"; c = json.loads(captions.read_text()); end = max(im["id"] for im in c["images"]); c["annotations"] = [a for a in c["annotations"] if a["image_id"] != end]; captions.write_text(json.dumps(c))
     licence = json.loads((root/"annotations"/"instances_val2017.json").read_text())["licenses"][0]["name"]; rows, report = select_pictures(root, "val", Rule(.01, licenses=(licence,)))
     assert report["dropped"] == {"no person": 1, "only crowds": 1, "no usable mask": 1, "people below min_area": 1, "licence not allowed": 1, "no caption": 1} and len(rows) == report["pictures"] - 6
 
@@ -131,7 +145,7 @@ def test_a_run_on_manifests(world, tmp_path):
     "A run takes the pictures that the manifests list, and says so where one is missing."
     code, text = cli("build", world, "--out", tmp_path/"people", "--min_area", ".2"); assert code == 0, text
     code, text = train("--data_root", tmp_path/"people", "--out_dir", tmp_path/"run", "--max_steps", "1", "--batch_size", "2", "--val_pictures", "0", "--sample_steps", "1", "--report_to", "none", "--cache_dir", tmp_path/"cache"); assert code == 0, text
-    info = json.loads((tmp_path/"run"/"data.json").read_text()); assert info["train"] == str((tmp_path/"people"/"train"/"metadata.jsonl").resolve()) and info["train_info"]["rule"]["min_area"] == .2 and not list((tmp_path/"cache").glob("*train*")) if (tmp_path/"cache").exists() else True
+    info = json.loads((tmp_path/"run"/"data.json").read_text()); assert info["train"] == str((tmp_path/"people"/"train"/"metadata.jsonl").resolve()) and info["train_info"]["rule"]["min_area"] == .2 and not list((tmp_path/"cache").glob("*train*"))
     shutil.rmtree(tmp_path/"people"/"val"); code, text = train("--data_root", tmp_path/"people", "--out_dir", tmp_path/"run2", "--max_steps", "1"); assert code == 1 and "has a manifest of train only" in last(text), text
 
 @pytest.fixture
@@ -160,20 +174,44 @@ def test_calibrate(world):
     code, text = cli("calibrate", world, "--train", 30, "--val", 6); assert code == 0 and "keeps 30 of" in text and "keeps 6 of" in text and "than wanted" in text, text
     code, text = cli("calibrate", world); assert code == 1 and "wanted 37470 pictures of split train, which has" in last(text), text
 
+def test_faces_by_shares_are_the_faces_at_once(people, tmp_path):
+    "Many jobs, then build: the same bytes as build alone."
+    root = people.parent/"coco"
+    for k in range(3): code, text = cli("faces", root, "--out", tmp_path/"jobs", "--split", "val", "--shard", f"{k}/3"); assert code == 0, text
+    for out in ("jobs", "once"): code, text = cli("build", root, "--out", tmp_path/out, "--split", "val", "--faces", "mtcnn"); assert code == 0, text
+    assert (tmp_path/"jobs"/"val"/"metadata.jsonl").read_bytes() == (tmp_path/"once"/"val"/"metadata.jsonl").read_bytes()
+
+def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
+    "Two shares; a run with the same settings encodes nothing; the tar files hold it."
+    how = ("--size", "64", "--cache_dir", tmp_path/"cache")
+    for k in (0, 1): code, text = cli("cache", people, *how, "--shard", f"{k}/2"); assert code == 0, text
+    code, text = train("--data_root", people, *how, "--cache_latents", "True", "--out_dir", tmp_path/"run", "--max_steps", "1", "--batch_size", "2", "--val_pictures", "0", "--sample_steps", "1", "--report_to", "none")
+    assert code == 0 and "are read from" in text and "were made" not in text, text
+    from masked_ldm.stream import StreamDataset
+    for k in (0, 1): code, text = cli("shard", people, *how, "--cached", "--out", tmp_path/"tars", "--pictures", 4, "--shard", f"{k}/2"); assert code == 0 and "run it again with --index" in text, text
+    code, text = cli("shard", people, *how, "--out", tmp_path/"tars", "--index"); assert code == 0 and "index.json" in text, text
+    ids = [s["image_id"] for s in StreamDataset(tmp_path/"tars"/"train", 64)]; rows = [json.loads(l)["image_id"] for l in (people/"train"/"metadata.jsonl").read_text().splitlines()]; assert sorted(ids) == sorted(rows)
+
 @pytest.mark.parametrize("line, code, said", [
     ("", 2, "the following arguments are required"), ("bild", 2, "invalid choice"), ("build", 2, "required: root"), ("build X --min_area 2", 2, "min_area must be a share of the picture, 0 to 1, not 2.0"), ("build X --min_area x", 2, "argument --min_area: invalid float value: 'x'"),
     ("build X --min_are .1", 2, "unrecognized arguments: --min_are"), ("build X --crowd maybe", 2, "argument --crowd: invalid choice"), ("build X --need_caption maybe", 2, "must be True or False, not 'maybe'"), ("build X --split test", 2, "invalid choice"), ("download X --workers 0", 2, "workers must be 1 or more, not 0"),
     ("download X --retries -1", 2, "retries must be 0 or more, not -1"), ("download X --min_area -1", 2, "min_area must be a share"), ("calibrate X --train 0 --val 0", 2, "nothing to calibrate"), ("inspect X --n 0", 2, "n must be 1 or more, not 0"),
-    ("build X", 1, "instances_train2017.json is missing: a COCO 2017 root has"), ("check X", 1, "has no manifest"), ("inspect X", 1, "has no manifest"), ("calibrate X", 1, "instances_train2017.json is missing"), ("download WORLD --licenses zzz", 1, "licenses: 'zzz' is none of this data set's"), ("build WORLD --out FILE", 1, "afile")])
+    ("build X", 1, "instances_train2017.json is missing: a COCO 2017 root has"), ("check X", 1, "has no manifest"), ("inspect X", 1, "has no manifest"), ("calibrate X", 1, "instances_train2017.json is missing"), ("download WORLD --licenses zzz", 1, "licenses: 'zzz' is none of this data set's"), ("build WORLD --out FILE", 1, "afile"),
+    ("faces X --shard 3/2", 2, "shard must be i/n"), ("faces X --min_score 2", 2, "min_score"), ("cache X", 1, "data_root"), ("cache X --size 63", 1, "size must be a multiple of 8"), ("shard X", 2, "required: --out"), ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"), ("build X --max_bad 3", 1, "max_bad must be a share")])
 def test_exit_codes_and_sentences(line, code, said, world, tmp_path):
     (tmp_path/"afile").write_text(""); got, text = cli(*(dict(X=tmp_path/"nowhere", WORLD=world, FILE=tmp_path/"afile").get(w, w) for w in line.split())); assert got == code and said in last(text) and last(text).startswith("masked-ldm-data") and "Traceback" not in text, text
 
-@pytest.mark.parametrize("command", ["download", "build", "inspect", "check", "calibrate"])
+@pytest.mark.parametrize("command", ["download", "build", "faces", "inspect", "check", "calibrate", "cache", "shard"])
 def test_help_tells_every_setting(command):
     "Every flag says what it is, and the rule's are those of Python."
     from dataclasses import fields
     from masked_ldm.data_command import make_parser
     from masked_ldm.subset import Rule
     sub = make_parser()._subparsers._group_actions[0].choices[command]; flags = {a.dest for a in sub._actions}; assert all(a.help for a in sub._actions), [a.dest for a in sub._actions if not a.help]
-    if command in ("build", "download"): assert {f.name for f in fields(Rule)} <= flags | ({"min_faces"} if command == "download" else set())
+    if command in ("build", "faces", "download"): assert {f.name for f in fields(Rule)} <= flags | ({"min_faces"} if command == "download" else set())
     code, text = cli(command, "--help"); assert code == 0 and "usage: masked-ldm-data " + command in text
+
+def test_exit_codes_of_a_process(world, tmp_path):
+    "The same from outside."
+    for args, want, said in ((("check", tmp_path), 1, "has no manifest"), (("build", tmp_path, "--min_area", "2"), 2, "min_area must be a share")):
+        code, text = run(sys.executable, "-m", "masked_ldm.data_command", *args); assert code == want and last(text).startswith("masked-ldm-data") and said in last(text) and "Traceback" not in text, text

@@ -141,6 +141,13 @@ def test_command_line_from_nothing(served, tmp_path):
     s.asked.clear(); code, text = cli(*args); assert code == 0 and not s.asked and "annotations:" not in text, text
     gone = names(root)[0]; (root/"val2017"/gone).unlink(); s.moods[f"/val2017/{gone}"] = 404; code, text = cli(*args); assert code == 1 and f"{gone}: the server says 404" in text and "Traceback" not in text, text
 
+def test_annotations_that_are_there_stay(served, tmp_path):
+    from masked_ldm.download import download_annotations
+    s, _ = served; root = tmp_path/"new"; own = root/"annotations"/"instances_val2017.json"; own.parent.mkdir(parents=True); own.write_text("{}")
+    with zipfile.ZipFile(s.folder/"notes.zip", "w") as z:
+        for p in (s.folder/"annotations").iterdir(): z.write(p, f"annotations/{p.name}")
+    assert own.name not in download_annotations(root, ("val",), s.url+"/notes.zip", wait=.01) and own.read_text() == "{}" and (root/"annotations"/"captions_val2017.json").is_file() and not (root/"annotations"/"annotations_trainval2017.zip").exists()
+
 @pytest.mark.parametrize("what, said", [("html", "is no whole zip archive"), ("other", "has none of COCO's annotation files"), ("half", "is no whole zip archive"), (404, "the server says 404")])
 def test_annotations_that_are_none(what, said, served, tmp_path):
     s, _ = served; z = s.folder/"odd.zip"

@@ -20,7 +20,7 @@ def test_diffusers_opens_the_base():
     pipe = StableDiffusionPipeline.from_pretrained(ROOT/"masked_ldm"/"assets"/"tiny"); pipe.set_progress_bar_config(disable=True)
     assert pipe("a man in the park", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
 
-@pytest.mark.parametrize("command", ["masked-ldm-train", "masked-ldm-eval", "masked-ldm-sample", "masked-ldm-study"])
+@pytest.mark.parametrize("command", ["masked-ldm-data", "masked-ldm-train", "masked-ldm-eval", "masked-ldm-sample", "masked-ldm-study"])
 def test_commands_explain_themselves(command):
     import shutil
     code, text = run(shutil.which(command) or command, "--help"); assert code == 0 and "usage" in text

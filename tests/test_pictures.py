@@ -112,3 +112,16 @@ def test_reading_is_bounded(tmp_path):
     (tmp_path/"bomb.png").write_bytes(bomb())
     code = f"import resource; from masked_ldm.pictures import read_picture; resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))\ntry: read_picture({str(tmp_path/'bomb.png')!r})\nexcept OSError as e: print(e)"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True); assert r.returncode == 0 and "far too many pixels" in r.stdout, r.stderr
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_mangled_bytes_give_a_picture_or_a_sentence(kind, tmp_path):
+    "Whatever a file holds: RGB of the right size, or a PictureError that names it."
+    rng = np.random.default_rng(0); exif = Image.Exif(); exif[0x0112] = 6; b = io.BytesIO(); path = tmp_path/"a"; refused = 0
+    Image.fromarray(rng.integers(0, 255, (24, 40, 3), dtype=np.uint8)).save(b, kind, **(dict(exif=exif) if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {})); whole = b.getvalue()
+    for k in range(150):
+        bad = bytearray(whole)
+        for i in rng.integers(0, min(len(bad), (60, 400, len(bad))[k % 3]), rng.integers(1, 6)): bad[i] = rng.integers(256)
+        path.write_bytes(bytes(bad[:rng.integers(1, len(bad)+1)] if k % 5 == 0 else bad))
+        try: im = read_picture(path); assert im.mode == "RGB" and min(im.size) > 0
+        except PictureError as e: refused += 1; assert str(path) in str(e) and e.reason
+    assert refused > 10

@@ -115,3 +115,18 @@ def test_shards_open_in_datasets(data):
     "Hugging Face's reader takes the same files."
     datasets = pytest.importorskip("datasets"); ds, shards = data
     got = list(datasets.load_dataset("webdataset", data_files=[str(p) for p in sorted(shards.glob("*.tar"))], split="train", streaming=True)); assert [g["json"]["image_id"] for g in got] == [r["image_id"] for r in ds.rows] and got[0]["png"].size == (64, 64)
+
+@pytest.mark.skipif("MASKED_LDM_COCO" not in os.environ, reason="needs MASKED_LDM_COCO, a folder in COCO's layout")
+def test_photographs_through_cache_and_shards(tmp_path):
+    "JPEG files of any shape, cached with the crop that looks at people, packed, and streamed back as the samples they were."
+    from masked_ldm.cache import LatentCache, build_cache
+    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.models import load_base
+    from masked_ldm.stream import StreamDataset, write_shards
+    ds = PersonDataset(build_manifest(os.environ["MASKED_LDM_COCO"], "val", tmp_path/"list", faces="none"), 64, crop="people"); base = load_base(); build_cache(ds, base, tmp_path/"cache", rows=8)
+    ds.cache = LatentCache(tmp_path/"cache"); write_shards(ds, tmp_path/"shards", 8); got = {s["image_id"]: s for s in StreamDataset(tmp_path/"shards", 64, crop="people", epoch=2)}
+    assert len(got) == len(ds)
+    for i, r in enumerate(ds.rows):
+        a, b = got[r["image_id"]], ds[(2, i)]; assert a["caption"] == b["caption"] and all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k])); assert torch.allclose(a["moments"], base.moments(a["pixels"][None])[0], atol=1e-4)
+    (tmp_path/"shards"/"00000.tar").unlink()
+    with pytest.raises(ValueError, match="crop 'people'; asked for are 64 px, crop 'center'"): StreamDataset(tmp_path/"shards", 64)

@@ -69,7 +69,7 @@ def test_twenty_votes_survive_a_kill(server, chromium):
     page.keyboard.press("ArrowLeft"); server.start(); ready(page, 10); assert page.is_hidden("#trouble") and page.evaluate("localStorage.length") == 0
     assert server.rows()[:len(before)] == before and len(server.rows()) == 10
     for i in range(10, 20): page.click(f"nav button[data-choice={('left', 'right', 'same')[i % 3]}]"); page.wait_for_timeout(0) if i == 19 else ready(page, i+1)
-    page.wait_for_selector("#done:not([hidden])"); shot(page, "study_done"); page.set_viewport_size(dict(width=390, height=844)); shot(page, "study_done_phone")
+    page.wait_for_selector("#done:not([hidden])"); shot(page, "study_done"); page.set_viewport_size(dict(width=390, height=844)); shot(page, "study_done_phone"); page.set_viewport_size(dict(width=1280, height=800))
     rows = server.rows(); assert len(rows) == 20 == len({r[:3] for r in rows}) and len({r[0] for r in rows}) == 1
     said = " ".join(heard) + page.content(); assert page.evaluate("window.hacked === undefined") and len(heard) > 60
     assert not any(name in said for name in (*NAMES, str(server.folder), "pictures/", "_000", "votes.sqlite"))   # blind
@@ -79,7 +79,7 @@ def test_twenty_votes_survive_a_kill(server, chromium):
 def test_a_vote_outlives_its_page(server, chromium):
     "The server dies, the voter votes, closes the page, and comes back when it is up again."
     context = chromium.new_context(viewport=dict(width=390, height=844)); page = context.new_page(); page.goto(server.url); ready(page, 0); page.keyboard.press("ArrowLeft"); ready(page, 1)
-    server.kill(); page.click("nav button[data-choice=right]"); page.wait_for_selector("#trouble:not([hidden])"); shot(page, "study_down_phone"); assert "close the page" in page.inner_text("#trouble"); page.close()
+    server.kill(); page.click("nav button[data-choice=right]"); page.wait_for_selector("#trouble:not([hidden])"); shot(page, "study_down_phone"); assert "close this page" in page.inner_text("#trouble"); page.close()
     server.start(); assert len(server.rows()) == 1
     back = context.new_page(); back.goto(server.url); ready(back, 2); assert len(server.rows()) == 2 and back.evaluate("localStorage.length") == 0; back.reload(); ready(back, 2)
 

@@ -47,7 +47,7 @@ async function ask(url, body) {
     show(state);
   } catch (e) {
     document.body.classList.add("down");
-    trouble(body ? "The server does not answer. Your last vote is kept here and sent again until it does; nothing is lost if you close the page and come back later."
+    trouble(body ? "The server does not answer. Your last vote is kept here and sent again, even if you close this page and come back later."
       : "The server does not answer; trying again.", () => ask(url, body));
   }
 }
