@@ -7,6 +7,7 @@ __all__ = ['by_parts', 'shown', 'window', 'decode_around']
 
 # %% ../nbs/04d_decode.ipynb #a2c5d754
 import torch
+from .as_it_goes import gradient_of
 
 # %% ../nbs/04d_decode.ipynb #47534c2e
 def by_parts(f,    # (rows of a part, its x with gradient) -> (scalar, tensors to keep, one row a sample)
@@ -15,11 +16,10 @@ def by_parts(f,    # (rows of a part, its x with gradient) -> (scalar, tensors t
              n,    # samples a part
             ): # (scalar whose value is the sum over the parts and whose gradient is theirs, list of what was kept, joined and without gradient)
     "A sum over samples whose graphs are never all there at once."
-    total, pull, kept = 0., torch.zeros_like(x), []
+    total, pull, kept = 0., torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype)), []
     for part in rows.split(n):
         with torch.enable_grad():
-            z = x[part].detach().requires_grad_(); v, *keep = f(part, z)
-            if v.requires_grad: pull[part] = torch.autograd.grad(v, z)[0].to(pull)
+            z = x[part].detach().requires_grad_(); v, *keep = f(part, z); pull[part] = gradient_of(v, z).to(pull)
         total = total + v.detach(); kept.append([k.detach() for k in keep])
     slope = (x*pull).sum()                                      # linear in x: its gradient is `pull`
     return total + (slope - slope.detach()), [torch.cat(k) for k in zip(*kept)]

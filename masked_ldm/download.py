@@ -82,7 +82,8 @@ def fetch(url,                    # http or https
     def pause(state): return min(300, max(back_off(state), state.outcome.exception().wait))
     try:
         if urlsplit(url).scheme not in ("http", "https"): raise FetchError("it is no http or https address")
-        path.parent.mkdir(parents=True, exist_ok=True); came = Retrying(stop=stop_after_attempt(retries+1), wait=pause, retry=retry_if_exception_type(_Again), sleep=stop.wait, reraise=True)(_attempt, url, part, check, timeout, stop)
+        path.parent.mkdir(parents=True, exist_ok=True); came = Retrying(stop=stop_after_attempt(retries+1), wait=pause, retry=retry_if_exception_type(_Again), sleep=stop.wait, reraise=True)(
+            _attempt, url, part, check, timeout, stop)
     except (FetchError, _Again) as e: err = FetchError(f"{url} could not be fetched: {e}"); err.reason = str(e); raise err from None
     os.replace(part, path); return came
 
@@ -169,14 +170,15 @@ def download_pictures(root,          # COCO root with annotations/
                       limit=None,    # at most so many pictures, the first by id
                       **how):        # `retries`, `wait`, `timeout` of `fetch`
     "Fetch the pictures that a rule keeps; returns a report, also written to download-SPLIT.json. Raises OSError or ValueError."
-    root = Path(root); rows, about = select_pictures(root, split, rule); rows = rows[:limit]; folder = root/f"{split}2017"
+    root = Path(root); rows, about = select_pictures(root, split, rule); rows = rows[:limit]; folder = root/f"{split}2017"; urls = [picture_url(r, split, mirror) for r in rows]
     try:
-        with FileLock(str(root/".download.lock"), timeout=0): done, failed = _gather(rows, folder, [picture_url(r, split, mirror) for r in rows], workers, give_up, how)
+        with FileLock(str(root/".download.lock"), timeout=0): done, failed = _gather(rows, folder, urls, workers, give_up, how)
     except Timeout: raise OSError(f"{root} is being filled by another download") from None
     except OSError as e:
         if e.errno == errno.ENOSPC: raise OSError(f"the disk that holds {root} is full; make room and run it again: what is there stays") from None
         raise
-    report = dict(split=split, folder=str(folder), of=about["pictures"], wanted=len(rows), fetched=sum(map(bool, done.values())), there=sum(not n for n in done.values()), bytes=sum(done.values()), failed=[dict(file_name=rows[k]["file_name"], url=picture_url(rows[k], split, mirror), wrong=w) for k, w in sorted(failed.items())])
+    bad = [dict(file_name=rows[k]["file_name"], url=urls[k], wrong=w) for k, w in sorted(failed.items())]; came = sum(map(bool, done.values()))
+    report = dict(split=split, folder=str(folder), of=about["pictures"], wanted=len(rows), fetched=came, there=len(done)-came, bytes=sum(done.values()), failed=bad)
     (root/f"download-{split}.json").write_text(json.dumps(report, indent=1)); return report
 
 # %% ../nbs/01i_download.ipynb #92a736aa
@@ -185,7 +187,8 @@ def tell_download(report,  # from `download_pictures`
                  ): # text
     "A download in a few lines: counts, then what failed, by reason and by name."
     r, bad = report, [f for f in report["failed"] if f["wrong"] not in ("was not tried", "it was stopped")]; left = len(r["failed"]) - len(bad)
-    lines = [f"{r['split']}: {r['wanted']:,} of {r['of']:,} pictures are wanted; {r['fetched']:,} came ({r['bytes']/1e6:.1f} MB), {r['there']:,} were there, {len(bad):,} failed" + (f", {left:,} were not tried since too many failed in a row" if left else "")]
+    counts = f"{r['fetched']:,} came ({r['bytes']/1e6:.1f} MB), {r['there']:,} were there, {len(bad):,} failed" + (f", {left:,} were not tried since too many failed in a row" if left else "")
+    lines = [f"{r['split']}: {r['wanted']:,} of {r['of']:,} pictures are wanted; {counts}"]
     lines += [f"  {f['file_name']}: {f['wrong']}" for f in bad[:most]] + ([f"  and {len(bad)-most:,} more, listed in download-{r['split']}.json"] if len(bad) > most else [])
     if len(bad) > most: lines += [f"  {n:,} times: {why}" for why, n in Counter(f["wrong"] for f in bad).most_common()]
     return "\n".join(lines + (["  run it again to try what is missing; what is there stays"] if r["failed"] else []))

@@ -38,17 +38,23 @@ def histogram(values,  # numbers
     return "\n".join(lines[:max([i for i, k in enumerate(n) if k], default=0)+1])   # without empty bins at the end
 
 # %% ../nbs/01j_inspection.ipynb #4991ebe1
+def _listed(title, lines, most=10):
+    "A title and the first lines, or nothing."
+    return [f"{title}: {len(lines):,}", *(f"  {l}" for l in lines[:most]), *([f"  and {len(lines)-most:,} more, listed in manifest.json"] if len(lines) > most else [])] if lines else []
+
 def describe_manifest(rows, # from `load_manifest`
                       info, # manifest.json
                      ): # text
-    "Counts by reason, licences, and histograms of area, people and faces."
-    own = [sum(not p["iscrowd"] for p in r["people"]) for r in rows]; licences, bad = Counter(r["license_name"] for r in rows), info["bad_annotations"]
+    "Counts by reason, licences, histograms of area, people and faces, and what could not be used."
+    own = [sum(not p["iscrowd"] for p in r["people"]) for r in rows]; count = lambda pairs: [f"  {n:7,d}  {name}" for name, n in pairs]
     parts = [f"{info['split']}: {info['kept']:,} of {info['pictures']:,} pictures, {info['people']:,} people, {info['face_boxes']:,} faces ({info['faces']}) in {info['pictures_with_face']:,} pictures",
-             "rule: " + ", ".join(f"{k} {v}" for k, v in info["rule"].items()), "dropped:" if info["dropped"] else "dropped: none", *(f"  {n:7,d}  {why}" for why, n in sorted(info["dropped"].items(), key=lambda kv: -kv[1])), "licences:", *(f"  {n:7,d}  {name}" for name, n in licences.most_common()),
-             "share of the picture that people cover:", histogram([r["area_fraction"] for r in rows], [0, .05, .1, .2, .3, .4, .5, .6, .8], name=lambda a, b: f"{a:g} to {b:g}"), "people in a picture:", histogram(own, [1, 2, 3, 4, 5, 8, 14]),
-             "faces in a picture:", histogram([len(r["faces"]) for r in rows], [0, 1, 2, 3, 4, 5, 8, 14])]
-    if bad: parts += [f"annotations with something wrong: {len(bad):,}", *(f"  {b['file']}, annotation {b['annotation']}: {b['wrong']}" for b in bad[:10]), *([f"  and {len(bad)-10:,} more, listed in manifest.json"] if len(bad) > 10 else [])]
-    if gone := info.get("quarantined"): parts += [f"pictures that cannot be used: {len(gone):,}", *(f"  {b['file']} (image {b['image_id']}) {b['reason']}" for b in gone[:10]), *([f"  and {len(gone)-10:,} more, listed in manifest.json"] if len(gone) > 10 else [])]
+             "rule: " + ", ".join(f"{k} {v}" for k, v in info["rule"].items()),
+             "dropped:" if info["dropped"] else "dropped: none", *count(sorted(info["dropped"].items(), key=lambda kv: -kv[1])),
+             "licences:", *count(Counter(r["license_name"] for r in rows).most_common()),
+             "share of the picture that people cover:", histogram([r["area_fraction"] for r in rows], [0, .05, .1, .2, .3, .4, .5, .6, .8], name=lambda a, b: f"{a:g} to {b:g}"),
+             "people in a picture:", histogram(own, [1, 2, 3, 4, 5, 8, 14]), "faces in a picture:", histogram([len(r["faces"]) for r in rows], [0, 1, 2, 3, 4, 5, 8, 14])]
+    parts += _listed("annotations with something wrong", [f"{b['file']}, annotation {b['annotation']}: {b['wrong']}" for b in info["bad_annotations"]])
+    parts += _listed("pictures that cannot be used", [f"{b['file']} (image {b['image_id']}) {b['reason']}" for b in info.get("quarantined", [])])
     return "\n".join(parts)
 
 # %% ../nbs/01j_inspection.ipynb #350a6507
@@ -56,39 +62,48 @@ def plot_manifest(rows, # from `load_manifest`
                  ): # matplotlib figure
     "Histograms of what people cover, of people and of faces in a picture, and of the height of faces."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, 4, figsize=(11, 2.2), layout="constrained"); faces = [len(r["faces"]) for r in rows]; own = [sum(not p["iscrowd"] for p in r["people"]) for r in rows]
+    fig, axs = plt.subplots(1, 4, figsize=(11, 2.2), layout="constrained"); own, faces = [sum(not p["iscrowd"] for p in r["people"]) for r in rows], [len(r["faces"]) for r in rows]
     high = [f["box"][3] - f["box"][1] for r in rows for f in r["faces"]]
-    for ax, v, bins, what in zip(axs, ([r["area_fraction"] for r in rows], own, faces, high), (20, np.arange(.5, max(own)+1), np.arange(-.5, max(faces)+1), 20), ("share covered by people", "people in a picture", "faces in a picture", "height of a face, pixels")):
-        ax.hist(v, bins, color="C0"); ax.set(xlabel=what)
+    panels = (("share covered by people", [r["area_fraction"] for r in rows], 20), ("people in a picture", own, np.arange(.5, max(own)+1)),
+              ("faces in a picture", faces, np.arange(-.5, max(faces)+1)), ("height of a face, pixels", high, 20))
+    for ax, (what, v, bins) in zip(axs, panels): ax.hist(v, bins, color="C0"); ax.set(xlabel=what)
     axs[0].set(ylabel="pictures"); axs[3].set(ylabel="faces"); return fig
 
 # %% ../nbs/01j_inspection.ipynb #6a7af8f9
 COLOURS = ((230, 60, 60), (60, 120, 230), (240, 180, 40), (150, 80, 220), (40, 190, 180), (240, 120, 190))
+
+def _tint(im, people):
+    "A picture with each mask in a colour; crowd regions hatched grey."
+    a = np.asarray(im).astype(float)
+    for i, p in enumerate(people):
+        m = rle.decode(p["segmentation"]).astype(bool); c = (128, 128, 128) if p["iscrowd"] else COLOURS[i % len(COLOURS)]
+        if p["iscrowd"]: m &= (np.indices(m.shape).sum(0) // 4) % 2 == 0
+        a[m] = .55*a[m] + .45*np.array(c)
+    return Image.fromarray(a.round().astype(np.uint8))
 
 def draw_row(row,      # manifest row
              folder,   # of the manifest
              side=200, # of the square it must fit into, pixels
             ): # PIL image (side, side + caption)
     "A picture with masks, faces and caption. Raises PictureError."
-    im = read_picture(Path(folder)/row["file_name"], (row["width"], row["height"])); a, k = np.asarray(im).astype(float), side/max(im.size)
-    for i, p in enumerate(row["people"]):
-        m = rle.decode(p["segmentation"]).astype(bool); c = (128, 128, 128) if p["iscrowd"] else COLOURS[i % len(COLOURS)]
-        if p["iscrowd"]: m &= (np.indices(m.shape).sum(0) // 4) % 2 == 0
-        a[m] = .55*a[m] + .45*np.array(c)
-    im = Image.fromarray(a.round().astype(np.uint8)).resize((round(k*im.width), round(k*im.height)), Image.LANCZOS if k < 1 else Image.NEAREST); out = Image.new("RGB", (side, side+44), "white"); out.paste(im, ((side-im.width)//2, (side-im.height)//2)); d, font = ImageDraw.Draw(out), ImageFont.load_default(10)
-    ox, oy = (side-im.width)//2, (side-im.height)//2
-    for f in row["faces"]: x0, y0, x1, y1 = (k*v for v in f["box"]); d.rectangle((x0+ox, y0+oy, x1+ox, y1+oy), outline="lime", width=2); d.text((x0+ox+2, y1+oy+1), f"{f['score']:.2f}", "lime", font) if f["score"] < 1 else None
-    lines = textwrap.wrap(row["captions"][0] if row["captions"] else "(no caption)", side//6)[:3]; d.multiline_text((2, side+2), "\n".join([f"{row['image_id']}: {lines[0]}", *lines[1:]] if lines else []), "black", font, spacing=1); return out
+    im = _tint(read_picture(Path(folder)/row["file_name"], (row["width"], row["height"])), row["people"]); k = side/max(im.size)
+    im = im.resize((max(1, round(k*im.width)), max(1, round(k*im.height))), Image.LANCZOS if k < 1 else Image.NEAREST); x, y = (side-im.width)//2, (side-im.height)//2
+    out, font = Image.new("RGB", (side, side+44), "white"), ImageFont.load_default(10); out.paste(im, (x, y)); d = ImageDraw.Draw(out)
+    for f in row["faces"]:
+        x0, y0, x1, y1 = (k*v for v in f["box"]); d.rectangle((x0+x, y0+y, x1+x, y1+y), outline="lime", width=2)
+        if f["score"] < 1: d.text((x0+x+2, y1+y+1), f"{f['score']:.2f}", "lime", font)
+    lines = textwrap.wrap(f"{row['image_id']}: {(row['captions'] or [''])[0] or '(no caption)'}", side//6)[:3]; d.multiline_text((2, side+2), "\n".join(lines), "black", font, spacing=1); return out
 
 # %% ../nbs/01j_inspection.ipynb #6f544301
 def contact_sheet(manifest, # path of metadata.jsonl
                   n=24,     # pictures
                   seed=0,   # which ones: drawn at random
                   side=200, # of a picture, pixels
-                  columns=6,
+                  columns=6, # pictures in a row
                  ): # PIL image
     "Pictures of a manifest, drawn at random, with what is known about them. Raises PictureError."
-    rows, _ = load_manifest(manifest); pick = sorted(np.random.default_rng(seed).permutation(len(rows))[:n]); parts = [draw_row(rows[i], Path(manifest).parent, side) for i in pick]; w, h = side+4, side+48
+    rows, _ = load_manifest(manifest); pick = sorted(np.random.default_rng(seed).permutation(len(rows))[:n]); w, h = side+4, side+48
+    parts = [draw_row(rows[i], Path(manifest).parent, side) for i in pick]
     out = Image.new("RGB", (min(columns, len(parts))*w, -(-len(parts)//columns)*h), "white")
     for i, p in enumerate(parts): out.paste(p, (i % columns*w, i//columns*h))
     out._repr_jpeg_ = None   # a notebook would store the picture a second time

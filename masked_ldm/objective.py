@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .decode import by_parts, decode_around, shown
-from .face_loss import check_boxes
+from .face_loss import check_boxes, grow_boxes
+from .masked_lpips import check_mask, check_pictures_match
 
 # %% ../nbs/04b_objective.ipynb #17e4fcfa
 def term_weights(low,       # (B,) how much of the perceptual terms a sample gets: bool, t < T, or a soft gate in [0,1]
@@ -88,7 +89,7 @@ def by_band(t,     # (N,) timesteps
     "Means of the terms by band of timesteps, over the samples that had them."
     out = {}
     for a, b in zip(edges, edges[1:]):
-        inside = (t >= a) & (t < b)
+        inside = (t >= a) & ((t < b) | (b == edges[-1]) & (t == b))   # a flow's t may be 1000
         if inside.any(): out[f"{a}-{b}"] = dict(n=int(inside.sum()), **{k: v[on].mean().item() for k, (v, w) in parts.items() if (on := inside & (w > 0)).any()})
     return out
 
@@ -112,6 +113,9 @@ class MaskAwareObjective(nn.Module):
         if variant not in ("paper", "as_published"): raise ValueError(f"variant must be 'paper' or 'as_published', not {variant!r}")
         if variant == "as_published" and gate != "hard": raise ValueError(f"variant 'as_published' has a hard gate at T; gate {gate!r} is for variant 'paper'")
         gate_weight(torch.zeros(1), T, gate)
+        for name, weight, net in (("lpips", lambda1, lpips), ("face", lambda2, face)):
+            if weight and not callable(net): raise ValueError(f"{name} must be a loss, not {net!r}, since its weight is {weight}")
+        if isinstance(decode, nn.Module): decode = decode.__call__   # not a part: the autoencoder is somebody else's
         self.T, self.lambda1, self.lambda2, self.lpips, self.face, self.decode = T, lambda1, lambda2, lpips, face, decode
         self.variant, self.gate_kind, self.schedule, self.at_once, self.margin = variant, gate, schedule, at_once, margin
         self.register_buffer("_factors", torch.ones(2))   # of `balance`
@@ -138,7 +142,7 @@ def look(self:MaskAwareObjective, x0, # (D,4,h,w) latents of those samples
     "(images (D,3,H,W), LPIPS (D,), face loss (D,)) of the samples that are looked at."
     keep = torch.zeros(len(target), dtype=torch.bool, device=target.device).index_fill(0, rows, True); b = boxes_of(boxes, keep)
     grad = torch.is_grad_enabled() and self.variant == "paper"
-    with torch.set_grad_enabled(grad): images = self.decode(x0) if self.margin is None else decode_around(self.decode, x0, target[rows], shown(mask[rows], b), self.margin)
+    with torch.set_grad_enabled(grad): images = self.decode(x0) if self.margin is None else decode_around(self.decode, x0, target[rows], shown(mask[rows], grow_boxes(b, getattr(self.face, "margin", 0.), target.shape[-2:])), self.margin)
     masks = (mask[rows],) if people is None else (people[0][keep[people[1]]], (keep.cumsum(0) - 1)[people[1][keep[people[1]]]])
     lp = self.lpips(images, target[rows], *masks) if lambda1 else images.new_zeros(len(rows))
     return images, lp, self.face(images, target[rows], b) if lambda2 and len(b) else images.new_zeros(len(rows))
@@ -159,6 +163,8 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
     "The weighted loss and everything needed to log it. Raises ValueError for shapes that do not fit."
     if l_ldm.ndim != 1 or len(l_ldm) != len(x0_latents): raise ValueError(f"l_ldm must be (B,), one value for each of the {len(x0_latents)} samples (reduction='none', then a mean over all dimensions but the first), not {tuple(l_ldm.shape)}")
     l_ldm, t = l_ldm.to(torch.promote_types(torch.float32, l_ldm.dtype)), torch.as_tensor(t, device=l_ldm.device).expand(len(l_ldm))
+    check_mask(mask if people is None else people[0], target.shape[-2:])
+    if people is None and len(mask) != len(target): raise ValueError(f"{len(mask)} masks do not fit {len(target)} pictures")
     f = self.schedule(step) if self.schedule else 1.; l1, l2 = self.lambda1*f, self.lambda2*f
     if not (f >= 0 and l1 + l2 <= 1 + 1e-9): raise ValueError(f"schedule gives {f} at step {step}: the lambdas would be {l1:g} and {l2:g}, but must be 0 or more and sum to at most 1")
     gate, lp, fc, images = self.gate(t), torch.zeros_like(l_ldm), torch.zeros_like(l_ldm), None; low = (gate > 0) & bool(l1 or l2)
@@ -169,7 +175,7 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
     weights = published_weights if self.variant == "as_published" else term_weights
     w1, w2, w3 = weights(low if self.variant == "as_published" else gate*low, has_mask, has_face, l1, l2).to(l_ldm.dtype)*(1. if weight is None else weight.to(l_ldm))
     w1, w2 = (w*f.to(w)*(1. if pick is None else pick.to(w)) for f, w in zip(self._factors, (w1, w2)))
-    low = low if pick is None else low & (pick > 0); rows, total = low.nonzero()[:, 0], (w3*l_ldm).mean()
+    low = low if pick is None else low & (pick > 0); rows, total = low.nonzero()[:, 0], (w3*l_ldm).sum()/max(1, len(t))
     look, more = (lambda rows, z: self.look(z, rows, target, mask, boxes, people, l1, l2)), None
     def part(rows, z): images, l, c = look(rows, z); return (w1[rows]*l + w2[rows]*c).sum()/len(t), images, l, c
     if len(rows):
@@ -177,8 +183,8 @@ def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
         if in_parts: more, (images, *values) = by_parts(part, x0_latents, rows, self.at_once)
         else: images, *values = look(rows, x0_latents[low])
         lp, fc = (v.masked_scatter(low, u.to(v.dtype)) for v, u in zip((lp, fc), values))
-    total = total + ((w1*lp + w2*fc).mean() if more is None else more)                                  # Eq. (3)
-    return Terms(total, l_ldm, lp, fc, w1, w2, w3, low, images, dict(gate=gate, has_mask=has_mask, has_face=has_face, x0=x0_latents, lambdas=(l1, l2)))
+    total = total + ((w1*lp + w2*fc).sum()/max(1, len(t)) if more is None else more)                                  # Eq. (3)
+    return Terms(total, l_ldm, lp, fc, w1, w2, w3, low, images, dict(gate=gate, has_mask=has_mask, has_face=has_face, x0=x0_latents, lambdas=(l1, l2), in_parts=more is not None))
 
 # %% ../nbs/04b_objective.ipynb #de6f41d5
 class DeadTerm(RuntimeError):
@@ -193,19 +199,25 @@ def _why_silent(name, s): # term, `Terms.seen`
     if not (s["gate"] > 0).any(): return "no sample of it has t < T"
     return "no sample of it has a person in its mask where t < T: the mask is empty, perhaps after the crop" if name == "lpips" else "no sample of it has a usable face where t < T: no boxes, or all smaller than the face loss' min_size"
 
+def _gradients(loss, at):
+    "Gradients in float32, None where there is none; from the loss made larger as a loss scaler does, since what is half precision in between may underflow."
+    for scale in (2.**16, 2.**8, 1.):
+        grads = [None if g is None else g.float()/scale for g in torch.autograd.grad(loss*scale, at, retain_graph=True, allow_unused=True)]
+        if scale == 1 or all(g is None or g.isfinite().all() for g in grads): return grads
+
 def _at_x0(name, terms):
     "(B,) gradient norm of each sample's value at its own x0_hat; 0 where it does not arrive."
     values, x0 = terms.parts()[name][0], terms.seen.get("x0"); none = torch.zeros(len(values), device=values.device)
     if x0 is None or not (values.requires_grad and x0.requires_grad): return none
-    g, = torch.autograd.grad(values.sum(), x0, retain_graph=True, allow_unused=True)
-    return none if g is None else g.flatten(1).float().norm(dim=1)
+    g, = _gradients(values.sum(), [x0])
+    return none if g is None else g.flatten(1).norm(dim=1)
 
 def _why_dead(name, terms):
     "Where a term's gradient was most probably cut."
     values, x0 = terms.parts()[name][0], terms.seen.get("x0")
     if name == "ldm" and not values.requires_grad: return "the model output is detached or was computed under torch.no_grad()"
     if name != "ldm" and x0 is not None and not x0.requires_grad: return "x0_hat has no gradient itself: the model output is detached or was computed under torch.no_grad()"
-    if name != "ldm" and values.requires_grad and x0 is not None and not _at_x0(name, terms).any(): return "the graph is whole and carries zeros: the picture is clamped where every pixel is saturated, or multiplied by 0"
+    if name != "ldm" and values.requires_grad and x0 is not None and not _at_x0(name, terms).any(): return "the graph is whole and carries zeros: the picture is clamped where every pixel is saturated, or multiplied by 0, or the loss' network runs under torch.no_grad()"
     if values.requires_grad: return "the graph does not lead to these weights: the branch is frozen or left out of the model, or other weights were passed"
     if terms.images is not None and terms.images.requires_grad: return "the decoded picture has a gradient and the loss has none: the loss runs under torch.no_grad() or detaches its input"
     return "x0_hat has a gradient and the decoded picture has none: the decode runs under torch.no_grad(), or the picture passes through .detach() or a uint8 round trip"
@@ -215,13 +227,14 @@ def gradient_norms(terms, # `Terms`, fresh from a forward pass with gradient
                    at,    # list of tensors: the trained weights, or the model's output
                    weighted=True, # of a term as it enters the total; else of its own mean over the samples that have it
                   ): # {term: norm}
-    "How hard each term pulls."
+    "How hard each term pulls. Raises ValueError for terms that were differentiated in parts."
+    if terms.seen.get("in_parts"): raise ValueError("these terms were computed in parts (at_once), where each one's own gradient is gone: set objective.at_once = 0 for this pass")
     out = {}
     for name, (values, weights) in terms.parts().items():
         loss, out[name] = (values*weights).mean() if weighted else (values*(weights > 0)).sum()/(weights > 0).sum().clamp(min=1), 0.
         if not loss.requires_grad: continue
-        grads = [g for g in torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True) if g is not None]
-        if grads: out[name] = torch.stack([g.float().norm() for g in grads]).norm().item()
+        grads = [g for g in _gradients(loss, at) if g is not None]
+        if grads: out[name] = torch.stack([g.norm() for g in grads]).norm().item()
     return out
 
 def check_gradients(terms,  # `Terms`, fresh from a forward pass with gradient
@@ -246,8 +259,8 @@ def balance(self:MaskAwareObjective, terms, # `Terms`, before backward()
             at,                             # tensor where pulls are compared: the model's output
             keep=.9,                        # share of the old factors, in [0,1)
            ): # {"lpips": factor, "face": factor}, used from the next forward on
-    "Move the factors of the perceptual terms towards an equal pull; terms that are absent or have no gradient keep theirs."
+    "Move the factors of the perceptual terms towards an equal pull; terms that are absent, or whose gradient is 0 or not finite, keep theirs. Norms are of this process: average `_factors` over several."
     norms = gradient_norms(terms, [at], weighted=False)
     for i, k in enumerate(("lpips", "face")):
-        if norms[k] > 0 and norms["ldm"] > 0: self._factors[i] = self._factors[i]**keep*(norms["ldm"]/norms[k])**(1-keep)
+        if all(0 < norms[n] < math.inf for n in (k, "ldm")): self._factors[i] = (self._factors[i]**keep*(norms["ldm"]/norms[k])**(1-keep)).clamp(1e-3, 1e3)
     return self.factors

@@ -21,11 +21,14 @@ def predict_x0(model_output, # (B, ...) what the network returned at (x_t, t)
     if hasattr(scheduler, "is_scale_input_called") or re.search("Heun|KDPM2|EDM|ScoreSde|Wuerstchen", type(scheduler).__name__) and "FlowMatch" not in type(scheduler).__name__: raise ValueError(f"{type(scheduler).__name__} scales x_t in its own way: pass DDPMScheduler.from_config(scheduler.config)")
     dtype = torch.promote_types(torch.float32, torch.promote_types(model_output.dtype, x_t.dtype))
     out, x_t, t = model_output.to(dtype), x_t.to(dtype), torch.as_tensor(t, device=x_t.device)
-    if "FlowMatch" in type(scheduler).__name__:
-        return x_t - _like(t/scheduler.config.num_train_timesteps, x_t)*out        # flow: x_t = (1-s) x0 + s eps, out = eps - x0
-    if (t < 0).any() or (t >= len(scheduler.alphas_cumprod)).any(): raise ValueError(f"timesteps must be 0 to {len(scheduler.alphas_cumprod)-1}, not {t.min().item()} to {t.max().item()}")
+    flow = "FlowMatch" in type(scheduler).__name__; steps = scheduler.config.num_train_timesteps if flow else len(getattr(scheduler, "alphas_cumprod", ()))
+    if not steps: raise ValueError(f"{type(scheduler).__name__} is neither a scheduler with alphas_cumprod nor a flow-matching one")
+    if t.numel() not in (1, len(x_t)): raise ValueError(f"{t.numel()} timesteps do not fit a batch of {len(x_t)}")
+    if t.numel() and not ((t >= 0) & (t <= steps - (not flow))).all(): raise ValueError(f"timesteps must be 0 to {steps - (not flow)}, not {t.min().item():g} to {t.max().item():g}")
+    if flow: return x_t - _like(t/steps, x_t)*out                                  # x_t = (1-s) x0 + s eps, out = eps - x0
     abar = scheduler.alphas_cumprod.to(x_t.device, dtype)[t.long()]
     a, s, kind = _like(abar.sqrt(), x_t), _like((1-abar).sqrt(), x_t), scheduler.config.prediction_type
+    if kind == "epsilon" and not (abar > 0).all(): raise ValueError("alphas_cumprod is 0 at the last timestep (zero terminal SNR): a predicted epsilon says nothing of x_0 there")
     if kind == "epsilon": return (x_t - s*out)/a                                    # Eq. (4)
     if kind == "v_prediction": return a*x_t - s*out
     if kind == "sample": return out
@@ -41,7 +44,8 @@ def target(x0,        # (B, ...) clean latents
     if "FlowMatch" in type(scheduler).__name__: return eps - x0
     kind = scheduler.config.prediction_type
     if kind == "epsilon": return eps
-    if kind == "v_prediction": return scheduler.get_velocity(x0, eps, t)
+    abar = scheduler.alphas_cumprod.to(x0)[torch.as_tensor(t, device=x0.device).long()]
+    if kind == "v_prediction": return _like(abar.sqrt(), x0)*eps - _like((1-abar).sqrt(), x0)*x0
     if kind == "sample": return x0
     raise ValueError(f"prediction_type {kind!r} is not one of epsilon, v_prediction, sample")
 
@@ -60,7 +64,7 @@ def propose_T(t,      # (n,) timesteps, rising
               smaller_is_better=False, # True for LPIPS and face distance, False for PSNR
              ): # T in 0..1000: the bound holds for t < T; 0 if it never does; at most one more than the last timestep measured
     "The gate that a wanted quality of x0_hat asks for. Raises ValueError if timesteps do not rise or nothing was measured."
-    t, q = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(quality, dtype=torch.float64); q = q.nanmean(1) if q.ndim == 2 else q
+    t, q = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(quality, dtype=torch.float64); q = (q.nanmean(1) if q.ndim == 2 else q).clamp(-1e9, 1e9)
     if len(t) != len(q) or (t.diff() <= 0).any(): raise ValueError("propose_T needs one quality a timestep, and timesteps that rise")
     t, q = t[~q.isnan()], q[~q.isnan()]
     if not len(t) or wanted != wanted: raise ValueError("propose_T needs a bound and at least one measured quality; all are NaN")

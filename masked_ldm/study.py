@@ -39,9 +39,10 @@ Page = namedtuple("Page", "pair question prompt a b left right token")  # a, b: 
 class Study:
     "What is asked, of whom, about which pictures."
     def __init__(self, folder,          # with set.json and pictures, from `picture_set`
-                 questions=("overall",)): # keys of `QUESTIONS`, in this order
+                 questions=("overall",),  # keys of `QUESTIONS`, in this order
+                 n=None):        # ask about the first n prompts only; None: all
         if wrong := [q for q in questions if q not in QUESTIONS]: raise ValueError(f"question {wrong[0]!r} is not one of {', '.join(QUESTIONS)}")
-        self.folder, self.questions = Path(folder), list(questions); self.prompts, self.files = open_set(folder)
+        self.folder, self.questions = Path(folder), list(questions); self.prompts, self.files = open_set(folder); self.n = min(n or len(self.prompts), len(self.prompts))
         if len(self.files) < 2: raise ValueError(f"{folder} holds pictures of one model: a vote needs two")
         self.votes = Votes(self.folder/"votes.sqlite", hashlib.sha256((self.folder/"set.json").read_bytes()).hexdigest()); self._secret = self.votes.know("secret").encode()
 
@@ -49,7 +50,7 @@ class Study:
 
     def pages(self, voter): # id of a voter
         "All `Page`s of a voter, in the voter's order."
-        pairs = [(i, a, b) for i in range(len(self.prompts)) for a, b in combinations(sorted(self.files), 2)]; random.Random(self.token("order", voter)).shuffle(pairs); out = []
+        pairs = [(i, a, b) for i in range(self.n) for a, b in combinations(sorted(self.files), 2)]; random.Random(self.token("order", voter)).shuffle(pairs); out = []
         for i, a, b in pairs:
             key = f"{i}:{a}:{b}"; sides = (a, b) if int(self.token("side", voter, key), 16) % 2 else (b, a)
             out += [Page(key, q, i, a, b, *(self.files[s][i] for s in sides), self.token("page", voter, key, q)) for q in self.questions]
@@ -201,14 +202,14 @@ def main(argv=None): # command line; None: sys.argv
     "Serve a blind comparison of runs, or of the pictures of an evaluation."
     ap = argparse.ArgumentParser(prog="masked-ldm-study", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     ap.add_argument("runs", nargs="+", help="run folders or Hub ids ('base' among them for the base), or one folder of an evaluation"); ap.add_argument("--folder", default="runs/study", help="where pictures and votes go")
-    ap.add_argument("--n", type=int, default=20, help="prompts"); ap.add_argument("--seed", type=int, default=0, help="of the noise"); ap.add_argument("--questions", nargs="+", default=["overall"], choices=list(QUESTIONS), help="asked of every pair")
+    ap.add_argument("--n", type=int, default=20, help="prompts asked about: each is a page for every two models and question"); ap.add_argument("--seed", type=int, default=0, help="of the noise"); ap.add_argument("--questions", nargs="+", default=["overall"], choices=list(QUESTIONS), help="asked of every pair")
     ap.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in the network vote"); ap.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name under which this computer is reached; may be given several times")
     ap.add_argument("--port", type=int, default=8765); ap.add_argument("--results", action="store_true", help="print the votes as CSV and stop"); a = ap.parse_args(argv)
     try:
         import uvicorn
         if a.n < 1: raise ValueError(f"--n must be 1 prompt or more, not {a.n}")
         if not 0 < a.port < 65536: raise ValueError(f"--port must be 1 to 65535, not {a.port}")
-        ready = len(a.runs) == 1 and (Path(a.runs[0])/"set.json").is_file(); study = Study(a.runs[0] if ready else make_set(a.runs, a.folder, a.n, a.seed), a.questions)
+        ready = len(a.runs) == 1 and (Path(a.runs[0])/"set.json").is_file(); study = Study(a.runs[0] if ready else make_set(a.runs, a.folder, a.n, a.seed), a.questions, a.n)
         if a.results: print(study.votes.csv(), end=""); return
         app = create_app(study, a.allow_host)
     except ImportError as e: raise SystemExit(f"masked-ldm-study: {e}" if "masked_ldm[study]" in str(e) else "masked-ldm-study: the study page needs uvicorn and Starlette: pip install 'masked_ldm[study]'")

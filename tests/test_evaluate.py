@@ -51,3 +51,12 @@ def test_the_report_says_how_it_was_made(tmp_path, monkeypatch):
     assert list(r["paired"]) == ["plain minus base", "ours minus base", "ours minus plain"] and {"difference", "difference_low", "difference_high", "p", "p_holm"} <= set(r["paired"]["ours minus plain"]["joints"])
     assert set(r["distance_pairs"]["whole"]["ours minus plain"]) == {"difference", "low", "high", "p"} and "people 2200 to 3199" in r["reference_is"] and "judge" in r["judges"]["joints"]
     assert r["provenance"]["versions"]["torch"] and (r["provenance"]["commit"] or not (e.Path(__file__).parent.parent/".git").exists())
+
+def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
+    "A COCO root: the reference comes from the validation pictures that are left, and from the training pictures, said so, where too few are."
+    from masked_ldm.data import build_manifest
+    from masked_ldm.evaluate import held_out
+    where, config = {s: str(build_manifest(world, s, tmp_path/s, .05, "annotation")) for s in ("train", "val")}, dict(data_root=str(world), size=64)
+    few, many = held_out(config, where, 4, 3), held_out(config, where, 4, 40); assert len(few.prompts) == len(few.real) == 4 and len(few.reference) == 3 and len(many.reference) == 40
+    assert few.reference_is == "validation pictures that are no prompts" and many.reference_is.startswith("training pictures, since only")
+    assert not {p.tobytes() for p in few.real} & {p.tobytes() for p in few.reference}

@@ -86,3 +86,11 @@ def test_a_backbone_may_return_one_tap_or_a_dict():
     x, y = torch.rand(2, 1, 3, 48, 48)*2-1; mask = torch.zeros(1, 1, 48, 48); mask[..., 4:14, 6:20] = 1; v = {f: MaskedLPIPS(Net(f))(x, y, mask) for f in ("one", "list", "dict", "mean")}
     assert torch.equal(v["one"], v["list"]) and torch.equal(v["dict"], v["list"]) and v["mean"] > 0
     with pytest.raises(TypeError, match="must return its taps"): MaskedLPIPS(Net("tokens"))(x, y, mask)
+
+def test_fp16_keeps_its_gradient_in_parts(step):
+    "The decoder's own gradient must not underflow either, a few samples at a time."
+    losses, params, decoder, _ = step; small = torch.nn.Sequential(decoder[0], decoder[1]); small[1].weight.data *= 1/64
+    def grad(half, at_once):
+        with torch.autocast("cpu", torch.float16, enabled=half): total = losses(decode=lambda z: small(z), at_once=at_once, lambda1=.5).total
+        return torch.cat([g.flatten().float() for g in torch.autograd.grad(total*2**12, params)])/2**12
+    want, got = grad(False, 0), grad(True, 1); assert (got - want).norm() < .1*want.norm(), ((got - want).norm()/want.norm())
