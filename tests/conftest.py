@@ -15,6 +15,10 @@ def papermill(out, *parameters, notebook="nbs/05_train.ipynb"):
     "Run a notebook by papermill with `name, value` pairs."
     return run(sys.executable, "-m", "papermill", notebook, out, "--no-progress-bar", *(x for name, value in parameters for x in ("-p", name, value)))
 
+def train_by_two(given):
+    "A run by two processes on the CPU: (exit code, everything printed). `accelerate launch --cpu --num_processes 2` would start one."
+    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "masked_ldm.train", *(f"--{k}={v}" for k, v in given.items()), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     "A small built-in world on disk."

@@ -3,7 +3,7 @@ import json, os, resource, signal, subprocess, sys, time
 import pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file
-from conftest import run
+from conftest import run, train_by_two
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -114,8 +114,8 @@ def test_two_processes_share_the_encoding(tmp_path, quick, monkeypatch):
     "Each makes its part, both read the whole; the curve is that of one process."
     from masked_ldm.train import TrainConfig, train
     one = train(TrainConfig.make(**{**quick, "val_pictures": 0, "max_steps": 2, "cache_latents": True})); two = {**quick, "val_pictures": 0, "max_steps": 2, "cache_latents": "true", "out_dir": str(tmp_path/"two"), "cache_dir": str(tmp_path/"other")}
-    code, text = run(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "masked_ldm.train",
-                     *(x for k, v in two.items() for x in (f"--{k}", v)), OMP_NUM_THREADS="1"); assert code == 0, text
+    code, text = train_by_two(two); assert code == 0, text
+    assert json.loads((tmp_path/"two"/"data.json").read_text())["processes"] == 2
     rows = [json.loads(l) for l in (tmp_path/"two"/"metrics.jsonl").read_text().splitlines()]
     for a, b in zip(one.history, rows): assert abs(a["ldm"] - b["ldm"]) < 1e-4, (a, b)
 

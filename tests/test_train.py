@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 import pytest, torch
 from safetensors.torch import load_file
-from conftest import papermill, run
+from conftest import papermill, run, train_by_two
 
 WRONG = dict(T=([("T", 1200)], "T must be between 0 and 1000 (timesteps), not 1200"), misspelt=([("lamda1", .2)], "unknown parameter 'lamda1'; did you mean 'lambda1'?"),
              weights=([("lambda1", .8), ("lambda2", .5)], "lambda1 + lambda2 must be between 0 and 1"), root=([("data_root", "tests")], "data_root tests is no COCO 2017 data set: it lacks annotations/instances_train2017.json"),
@@ -55,8 +55,8 @@ def test_two_processes_are_one(tmp_path, quick):
     "A14: the same global batch over two processes follows the same curve."
     from masked_ldm.train import TrainConfig, train
     one = train(TrainConfig.make(**{**quick, "T": 400, "max_steps": 4})); two = {**quick, "out_dir": str(tmp_path/"two"), "T": 400, "max_steps": 4}
-    code, text = run(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "masked_ldm.train",
-                     *(x for k, v in two.items() for x in (f"--{k}", v)), OMP_NUM_THREADS="1"); assert code == 0, text
+    code, text = train_by_two(two); assert code == 0, text
+    assert json.loads((tmp_path/"two"/"data.json").read_text())["processes"] == 2
     rows = [json.loads(l) for l in (tmp_path/"two"/"metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(one.history) == 4
     for a, b in zip(one.history, rows): assert abs(a["ldm"] - b["ldm"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3*max(1, a["grad_norm"]), (a, b)
