@@ -32,7 +32,11 @@ def load_flat_state(optimizer, tensors, groups): # as `flat_state` returned them
         i, *path, name = key.split("."); at = state.setdefault(int(i), {})
         for p in path: at = at.setdefault(p, {})
         at[name] = v if v.ndim or v.is_floating_point() else v.item()
+    for old, new in zip(groups, have): old["fused"] = new.get("fused")   # how, not what
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
+    for p, kept in optimizer.state.items():   # in the weight's own order of memory, which fused AdamW takes for granted
+        for k, v in kept.items():
+            if torch.is_tensor(v) and v.shape == p.shape: kept[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
 # %% ../nbs/05b_checkpoint.ipynb #31b66a86
 def _sha(path): # of a file, in pieces, so that a large one does not fill memory
@@ -64,7 +68,7 @@ def save_checkpoint(folder,    # of a run's checkpoints
     except (OSError, SafetensorError) as e:
         shutil.rmtree(tmp, ignore_errors=True); raise OSError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from None
     for old in _steps(folder)[:-keep]:
-        if int(old.name[5:]) != spare: shutil.rmtree(old)
+        if int(old.name[5:]) not in (spare, step): shutil.rmtree(old)
     return final
 
 def _steps(folder): return sorted((p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and p.is_dir()), key=lambda p: int(p.name[5:]))
@@ -82,6 +86,9 @@ def verify(path): # of a checkpoint folder
 
 def latest_checkpoint(folder): # of a run's checkpoints
     "Path of the newest checkpoint that is whole, or None; damaged ones are warned about and passed over, half-written ones removed."
+    for old in Path(folder).glob(".tmp-old-step_*"):   # killed while the same step was saved again: the first one comes back
+        try: final = Path(folder)/old.name[9:]; verify(old); final.exists() or os.replace(old, final)
+        except (OSError, ValueError): pass
     for tmp in Path(folder).glob(".tmp-*"): shutil.rmtree(tmp, ignore_errors=True)
     for path in reversed(_steps(folder)):
         try: verify(path); return path

@@ -76,6 +76,7 @@ class TrainConfig:
     torch_compile: bool = _opt(False, "compile UNet, branch and VAE decoder for fixed shapes")
     seed: int = _opt(0, "of data order, augmentation, noise and timesteps")
     resume: typing.Optional[str] = _opt(None, "latest, or a checkpoint folder")
+    resume_changed: bool = _opt(False, "go on although settings or training pictures are not those of the checkpoint")
     checkpointing_steps: int = _opt(200, "steps between checkpoints")
     checkpoints_total_limit: int = _opt(2, "newest checkpoints that stay")
     log_steps: int = _opt(5, "steps between log lines")

@@ -202,8 +202,10 @@ def _why_silent(name, s): # term, `Terms.seen`
 def _gradients(loss, at):
     "Gradients in float32, None where there is none; from the loss made larger as a loss scaler does, since what is half precision in between may underflow."
     for scale in (2.**16, 2.**8, 1.):
-        grads = [None if g is None else g.float()/scale for g in torch.autograd.grad(loss*scale, at, retain_graph=True, allow_unused=True)]
-        if scale == 1 or all(g is None or g.isfinite().all() for g in grads): return grads
+        grads = list(torch.autograd.grad(loss*scale, at, retain_graph=True, allow_unused=True))
+        if scale > 1 and not all(g is None or g.isfinite().all() for g in grads): continue
+        for k, g in enumerate(grads): grads[k] = None if g is None else g.float().div_(scale) if g.dtype == torch.float32 else g.float()/scale   # in place: one copy of the gradient
+        return grads
 
 def _at_x0(name, terms):
     "(B,) gradient norm of each sample's value at its own x0_hat; 0 where it does not arrive."
@@ -233,8 +235,8 @@ def gradient_norms(terms, # `Terms`, fresh from a forward pass with gradient
     for name, (values, weights) in terms.parts().items():
         loss, out[name] = (values*weights).mean() if weighted else (values*(weights > 0)).sum()/(weights > 0).sum().clamp(min=1), 0.
         if not loss.requires_grad: continue
-        grads = [g for g in _gradients(loss, at) if g is not None]
-        if grads: out[name] = torch.stack([g.norm() for g in grads]).norm().item()
+        norms = [g.norm() for g in _gradients(loss, at) if g is not None]
+        if norms: out[name] = torch.stack(norms).norm().item()
     return out
 
 def check_gradients(terms,  # `Terms`, fresh from a forward pass with gradient

@@ -18,7 +18,8 @@ def stratified_timesteps(T,     # where the perceptual terms end
                          key,   # (seed, step)
                          n=1000, # timesteps there are
                         ): # t (batch,), weight (batch,) float32
-    "Timesteps of a step, evenly spread below and above T, in random order, with the weights that make them unbiased."
+    "Timesteps of a step, evenly spread below and above T, in random order, with the weights that make them unbiased. Raises ValueError for one sample a step."
+    if batch < 2 and 0 < T < n: raise ValueError("stratified timesteps need 2 samples a step or more: one cannot be on both sides of T")
     g = _generator("strata", *key); u = torch.rand(batch, generator=g, dtype=torch.float64)
     low = 0 if T <= 0 else batch if T >= n else min(batch-1, max(1, round(batch*T/n)))
     def spread(a, b, u): k = len(u); return a + ((torch.arange(k) + u)*(b-a)/max(1, k)).long().clamp(max=b-a-1)

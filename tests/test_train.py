@@ -35,6 +35,24 @@ def test_resumed_is_never_stopped(tmp_path, quick):
     a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
     fresh = train(TrainConfig.make(**{**quick, "seed": 1, "max_steps": 1, "out_dir": str(tmp_path/"other")})); c = weights(fresh.path); assert any(not torch.equal(a[k], c[k]) for k in a)
 
+def test_resumed_in_another_order_of_memory(tmp_path, quick):
+    "Moments come back in the weights' own order of memory: fused AdamW takes it for granted."
+    from masked_ldm.train import TrainConfig, train
+    kw = {**quick, "val_pictures": 0, "channels_last": True}; whole = train(TrainConfig.make(**kw)); half = {**kw, "out_dir": str(tmp_path/"half")}
+    train(TrainConfig.make(**{**half, "max_steps": 3})); rest = train(TrainConfig.make(**half, resume="latest")); a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_back_to_an_older_checkpoint(tmp_path, quick):
+    "What came later is set aside, not in the way; other settings are gone on with only when asked for; a newer or stranger checkpoint is refused."
+    from masked_ldm.train import ConfigError, TrainConfig, train
+    kw = {**quick, "val_pictures": 0, "checkpointing_steps": 2, "checkpoints_total_limit": 3}; whole = train(TrainConfig.make(**kw)); folder = whole.path/"checkpoints"
+    (whole.path/"metrics.jsonl").open("a").write('{"step": 7, "bands": {"0-50": {"n": 1}')   # torn after an inner brace
+    with pytest.raises(ConfigError, match="learning_rate was 0.0003, is 0.001.*resume_changed=True"): train(TrainConfig.make(**kw, resume=str(folder/"step_000002"), learning_rate=1e-3))
+    again = train(TrainConfig.make(**{**kw, "max_steps": 4}, resume=str(folder/"step_000002"))); assert {"abandoned-step_000004", "abandoned-step_000006", "step_000004"} <= {p.name for p in folder.iterdir()} and [r["step"] for r in again.history] == [1, 2, 3, 4]
+    other = train(TrainConfig.make(**{**kw, "max_steps": 5}, resume="latest", learning_rate=1e-3, resume_changed=True)); assert other.history[-1]["lr"] > 3e-4
+    import hashlib
+    state = folder/"step_000005"/"state.json"; d = json.loads(state.read_text()); d["schema"] = 99; state.write_text(json.dumps(d)); index = state.parent/"sha256.json"; h = json.loads(index.read_text()); h["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest(); index.write_text(json.dumps(h))
+    with pytest.raises(ConfigError, match="newer masked_ldm"): train(TrainConfig.make(**kw, resume="latest", learning_rate=1e-3))
+
 def gradients(config, path, parts=1):
     "Gradients of a branch that already speaks, for the same four pictures."
     from masked_ldm.data import batch_keys, collate
@@ -190,3 +208,9 @@ def test_one_folder_one_run(tmp_path, quick):
     try: code, text = run(sys.executable, "-m", "masked_ldm.train", *(f"--{k}={v}" for k, v in quick.items()), OMP_NUM_THREADS="1")
     finally: unlock(tmp_path/"run")
     assert code == 1 and text.strip().splitlines()[-1] == f"masked-ldm-train: run folder {tmp_path/'run'} is in use by process {os.getpid()}", text
+
+def test_a_dead_data_worker_is_said_in_one_sentence(whole, tmp_path):
+    "B20: the news arrive by a signal, wherever the run is."
+    given, _ = whole; given = {**given, "out_dir": tmp_path/"run", "max_steps": 400, "sample_interval": 10**6, "dataloader_num_workers": 1}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
+    children = [int(c) for c in open(f"/proc/{p.pid}/task/{p.pid}/children").read().split()]; assert children; os.kill(children[-1], signal.SIGKILL); text = p.communicate(timeout=120)[0]
+    last = text.strip().splitlines()[-1]; assert p.returncode == 1 and last.startswith("masked-ldm-train: a data worker died") and "resume=latest" in last, text
