@@ -335,6 +335,14 @@ def _deaf(worker): # a data worker ignores the signals that ask a run to stop, w
 
 def _worker_died(e): raise RuntimeError(f"a data worker died ({str(e).splitlines()[0]}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest") from None
 
+@contextlib.contextmanager
+def _workers_watched():
+    "A worker's death is told by a signal, wherever the run is: in a step, in a grid, while saving."
+    try: yield
+    except RuntimeError as e:
+        if "DataLoader worker" in str(e): _worker_died(e)
+        raise
+
 def _next(loader):
     "The next batch. Raises RuntimeError that says what to do if a data worker died."
     try: return next(loader)
@@ -351,13 +359,12 @@ def loop(self:Trainer, log, # open metrics.jsonl
     parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
     loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
     self.clock = time.perf_counter()
-    with stop_requests() as asked:
+    with stop_requests() as asked, _workers_watched():
         for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
             before, batches = self.step_done, [(part, self._empty(_next(loader))) for part in parts]
             try: done = self.step(batches); recent += done or []
             except (RuntimeError, MemoryError) as e:
                 if is_out_of_memory(e): self._no_memory(before, e)
-                if "DataLoader worker" in str(e): _worker_died(e)   # told by a signal, wherever the run is
                 raise
             if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)): self._log(log, rows, bar); recent = []
             if self.acc.is_main_process and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
