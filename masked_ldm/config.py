@@ -159,8 +159,10 @@ def _check_root(root):
     if lost: raise ConfigError(f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(lost)}")
 
 # %% ../nbs/05a_config.ipynb #ce0eb24d
+def _module(names): return getattr(names.get("__spec__"), "name", None) or names.get("__name__", "")   # python -m calls a module __main__
+
 def told(e): # an exception that was caught
     "Was this raised on purpose, with a sentence that says enough?"
     tb = e.__traceback__
     while tb and tb.tb_next: tb = tb.tb_next
-    return isinstance(e, (ConfigError, FileNotFoundError)) or (isinstance(e, (ValueError, OSError, RuntimeError, ArithmeticError)) and tb is not None and tb.tb_frame.f_globals.get("__name__", "").startswith("masked_ldm"))
+    return isinstance(e, (ConfigError, FileNotFoundError)) or (isinstance(e, (ValueError, OSError, RuntimeError, ArithmeticError)) and tb is not None and _module(tb.tb_frame.f_globals).startswith("masked_ldm"))
