@@ -34,12 +34,14 @@ def look_at(rows,   # from `select_pictures`
             verify="header", # or "full": decode every picture
            ):       # for each row dict(faces=[...]) or dict(wrong=what is wrong with its picture)
     "The faces of every picture, if it can be used."
-    if faces == "mtcnn": face_pass(rows, folder, work, rule, device); return merge_faces(rows, folder, work, rule)
+    seen = faces == "mtcnn"
+    if seen: face_pass(rows, folder, work, rule, device); seen = merge_faces(rows, folder, work, rule)
+    if seen and verify != "full": return seen
     wrong = check_pictures([Path(folder)/r["file_name"] for r in rows], [(r["width"], r["height"]) for r in rows], verify == "full")
     def found(r):
         if faces == "keypoints": return face_rows(keypoint_faces(r, rule.min_face), "keypoints")
         return face_rows([[x, y, x+w, y+h] for x, y, w, h in r.get("face_boxes", [])], "annotation") if faces == "annotation" else []
-    return [dict(wrong=t) if t else dict(faces=found(r)) for r, t in zip(rows, wrong)]
+    return [dict(wrong=t) if t else seen[k] if seen else dict(faces=found(r)) for k, (r, t) in enumerate(zip(rows, wrong))]
 
 # %% ../nbs/01_data.ipynb #c7209322
 def quarantine(rows,    # manifest rows
