@@ -169,6 +169,14 @@ def picture_url(row,          # from `select_pictures`
     try: return mirror.rstrip("/") + (urlsplit(url).path or f"/{split}2017/{quote(row['file_name'])}")
     except ValueError: return url   # no address: `fetch` says so
 
+def _one(row, folder, url, stop, how):
+    "Bytes that came for one picture; 0 if it was there."
+    path, size = folder/row["file_name"], (row["width"], row["height"])
+    if stop.is_set(): raise FetchError("it was stopped")
+    try: check_picture(path, size, full=True); return 0
+    except PictureError: pass
+    return fetch(url, path, lambda part: check_picture(part, size, full=True), stop=stop, **how)
+
 # %% ../nbs/01i_download.ipynb #0f98e5ad
 def _gather(rows, folder, urls, workers, give_up, how):
     "(bytes of each picture that is there now, {number: what is wrong}), from threads. Raises OSError if the disk is full."

@@ -225,7 +225,8 @@ def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
     ("build X --min_are .1", 2, "unrecognized arguments: --min_are"), ("build X --crowd maybe", 2, "argument --crowd: invalid choice"), ("build X --need_caption maybe", 2, "must be True or False, not 'maybe'"), ("build X --split test", 2, "invalid choice"), ("download X --workers 0", 2, "workers must be 1 or more, not 0"),
     ("download X --retries -1", 2, "retries must be 0 or more, not -1"), ("download X --min_area -1", 2, "min_area must be a share"), ("calibrate X --train 0 --val 0", 2, "nothing to calibrate"), ("inspect X --n 0", 2, "n must be 1 or more, not 0"),
     ("build X", 1, "instances_train2017.json is missing: a COCO 2017 root has"), ("check X", 1, "has no manifest"), ("inspect X", 1, "has no manifest"), ("calibrate X", 1, "instances_train2017.json is missing"), ("download WORLD --licenses zzz", 1, "licenses: 'zzz' is none of this data set's"), ("build WORLD --out FILE", 1, "afile"),
-    ("faces X --shard 3/2", 2, "shard must be i/n"), ("faces X --min_score 2", 2, "min_score"), ("cache X", 1, "data_root"), ("cache X --size 63", 1, "size must be a multiple of 8"), ("shard X", 2, "required: --out"), ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"), ("build X --max_bad 3", 1, "max_bad must be a share")])
+    ("faces X --shard 3/2", 2, "shard must be i/n"), ("faces X --min_score 2", 2, "min_score"), ("cache X", 1, "data_root"), ("cache X --size 63", 1, "size must be a multiple of 8"), ("shard X", 2, "required: --out"), ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"), ("build X --max_bad 3", 1, "max_bad must be a share"),
+    ("build X --faces mtcnn --device banana", 2, "device 'banana' is not there"), ("faces X --device cuda:99", 2, "device 'cuda:99' is not there"), ("cache X --device banana", 2, "device 'banana' is not there")])
 def test_exit_codes_and_sentences(line, code, said, world, tmp_path):
     (tmp_path/"afile").write_text(""); got, text = cli(*(dict(X=tmp_path/"nowhere", WORLD=world, FILE=tmp_path/"afile").get(w, w) for w in line.split())); assert got == code and said in last(text) and last(text).startswith("masked-ldm-data") and "Traceback" not in text, text
 
@@ -237,6 +238,7 @@ def test_help_tells_every_setting(command):
     from masked_ldm.subset import Rule
     sub = make_parser()._subparsers._group_actions[0].choices[command]; flags = {a.dest for a in sub._actions}; assert all(a.help for a in sub._actions), [a.dest for a in sub._actions if not a.help]
     if command in ("build", "faces", "download"): assert {f.name for f in fields(Rule)} <= flags | ({"min_faces"} if command == "download" else set())
+    assert not any("None:" in a.help for a in sub._actions)   # Python's way to say it
     code, text = cli(command, "--help"); assert code == 0 and "usage: masked-ldm-data " + command in text
 
 def test_exit_codes_of_a_process(world, tmp_path):
