@@ -22,15 +22,18 @@ def no_gc():
 
 # %% ../nbs/01a_coco.ipynb #649271a8
 @no_gc()
-def read_json(path): # of a JSON file
+def read_json(path,       # of a JSON file
+              again=None, # what to do about a file that is no JSON; None: remove and fetch it
+             ): # its content
     "A JSON file's content. Raises FileNotFoundError or ValueError that names the file."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: a COCO 2017 root has annotations/instances_SPLIT2017.json, annotations/captions_SPLIT2017.json and the pictures in SPLIT2017/")
+    again = again or f"remove it (rm {path}) and fetch it again; a download leaves what is there"
     try: text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError: raise ValueError(f"{path} is no text, so it is not valid JSON: fetch it again") from None
-    if not text[:4096].strip(): raise ValueError(f"{path} is empty: fetch it again")
+    except UnicodeDecodeError: raise ValueError(f"{path} is no text, so it is not valid JSON: {again}") from None
+    if not text[:4096].strip(): raise ValueError(f"{path} is empty: {again}")
     try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not valid JSON ({'line %d' % e.lineno if hasattr(e, 'lineno') else type(e).__name__}): it is probably truncated; fetch it again") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not valid JSON ({'line %d' % e.lineno if hasattr(e, 'lineno') else type(e).__name__}): it is probably truncated; {again}") from None
 
 # %% ../nbs/01a_coco.ipynb #a55838cc
 def _list(content, key, path):
@@ -58,15 +61,23 @@ def _known(records, key, known, path, what):
     if lost: raise ValueError(f"{path}: {len(lost)} {what}(s) have a {key} that is not there, the first is {what} {records[lost[0]].get('id')} with {key} {records[lost[0]][key]}")
 
 # %% ../nbs/01a_coco.ipynb #613bffce
+def _check_image(im, path):
+    "ValueError for a record that is not complete, or not safe as a file name."
+    h, w, name, url = (im.get(k) for k in ("height", "width", "file_name", "coco_url")); said = f"{path}: image {im['id']}"
+    if type(im["id"]) is not int: raise ValueError(f"{path}: image id {im['id']!r} is no whole number")
+    if not 0 <= im["id"] < 2**63: raise ValueError(f"{path}: image id {im['id']} is not in the range 0 to 2^63-1")
+    if type(h) is not int or type(w) is not int or min(h, w) < 1: raise ValueError(f"{said} has no usable width and height: {w!r} x {h!r}")
+    if not isinstance(name, str) or not name or name.startswith(("/", "\\")) or ".." in name or ":" in name or "\0" in name: raise ValueError(f"{said} has the file_name {name!r}, which is no name inside the picture folder")
+    if type(im.get("license", 0)) not in (int, str, type(None)): raise ValueError(f"{said} has the license {im['license']!r}, which is no whole number or text")
+    if type(url) not in (str, type(None)): raise ValueError(f"{said} has the coco_url {url!r}, which is no text")
+
 def check_images(images, # COCO image records
                  path):  # of their file, for the message
-    "The ids as a set. Raises ValueError for a record that is not complete, or not safe as a file name."
-    ids = _unique(images, path, "image")
+    "The ids as a set. Raises ValueError for a record that is not complete, or not safe as a file name, and for a file name that occurs twice."
+    ids, names = _unique(images, path, "image"), {}
     for im in images:
-        h, w, name = (im.get(k) for k in ("height", "width", "file_name"))
-        if type(im["id"]) is not int: raise ValueError(f"{path}: image id {im['id']!r} is no whole number")
-        if type(h) is not int or type(w) is not int or min(h, w) < 1: raise ValueError(f"{path}: image {im['id']} has no usable width and height: {w!r} x {h!r}")
-        if not isinstance(name, str) or not name or name.startswith(("/", "\\")) or ".." in name or ":" in name: raise ValueError(f"{path}: image {im['id']} has the file_name {name!r}, which is no name inside the picture folder")
+        _check_image(im, path); other = names.setdefault(im["file_name"], im["id"])
+        if other != im["id"]: raise ValueError(f"{path}: images {other} and {im['id']} have the same file_name {im['file_name']!r}")
     return ids
 
 # %% ../nbs/01a_coco.ipynb #218b6a18
@@ -138,7 +149,7 @@ def check_segmentation(seg, # COCO `segmentation`: polygons, uncompressed or com
                        h, w): # size of the picture
     "Raise ValueError for a mask that C code must not see."
     if isinstance(seg, dict):
-        if list(seg.get("size") or ()) != [h, w]: raise ValueError(f"RLE of size {seg.get('size')} in an image of size {[h, w]}")
+        if seg.get("size") not in ([h, w], (h, w)): raise ValueError(f"RLE of size {seg.get('size')} in an image of size {[h, w]}")
         counts = seg.get("counts"); runs = counts if isinstance(counts, list) else _runs(counts) if isinstance(counts, (str, bytes)) else [-1]
         if not all(type(n) is int and n >= 0 for n in runs) or sum(runs) != h*w: raise ValueError(f"RLE whose runs do not fill an image of size {[h, w]}")
         return
@@ -146,9 +157,11 @@ def check_segmentation(seg, # COCO `segmentation`: polygons, uncompressed or com
     for p in seg:
         if not isinstance(p, list): raise ValueError("polygon that is no list of numbers")
         if len(p) < 6 or len(p) % 2: raise ValueError(f"polygon of {len(p)} numbers")
-        try: total, far = sum(p), 10*max(h, w)
+        far = 10*max(h, w)
+        try: total = sum(p)
         except TypeError: raise ValueError("polygon with something else than numbers") from None
-        if not math.isfinite(total) or max(p) > far or min(p) < -far: raise ValueError("polygon with coordinates far outside the image")
+        except OverflowError: total = math.inf
+        if not -len(p)*far <= total <= len(p)*far or max(p) > far or min(p) < -far: raise ValueError("polygon with coordinates far outside the image")
 
 # %% ../nbs/01a_coco.ipynb #963dc1ec
 def to_rle(seg, # COCO `segmentation`: polygons, uncompressed or compressed RLE

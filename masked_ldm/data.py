@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from .coco import no_gc, read_json
 from .crop import CROPS, people_offset
 from .face_pass import face_pass, merge_faces, parse_shard
-from .faces import FaceRule, face_rows, keypoint_faces
+from .faces import FaceRule, check_device, face_rows, keypoint_faces
 from .pictures import check_pictures, read_picture
 from .subset import Rule, select_pictures
 
@@ -34,12 +34,14 @@ def look_at(rows,   # from `select_pictures`
             verify="header", # or "full": decode every picture
            ):       # for each row dict(faces=[...]) or dict(wrong=what is wrong with its picture)
     "The faces of every picture, if it can be used."
-    if faces == "mtcnn": face_pass(rows, folder, work, rule, device); return merge_faces(rows, folder, work, rule)
+    seen = faces == "mtcnn"
+    if seen: face_pass(rows, folder, work, rule, device); seen = merge_faces(rows, folder, work, rule)
+    if seen and verify != "full": return seen
     wrong = check_pictures([Path(folder)/r["file_name"] for r in rows], [(r["width"], r["height"]) for r in rows], verify == "full")
     def found(r):
         if faces == "keypoints": return face_rows(keypoint_faces(r, rule.min_face), "keypoints")
         return face_rows([[x, y, x+w, y+h] for x, y, w, h in r.get("face_boxes", [])], "annotation") if faces == "annotation" else []
-    return [dict(wrong=t) if t else dict(faces=found(r)) for r, t in zip(rows, wrong)]
+    return [dict(wrong=t) if t else seen[k] if seen else dict(faces=found(r)) for k, (r, t) in enumerate(zip(rows, wrong))]
 
 # %% ../nbs/01_data.ipynb #c7209322
 def quarantine(rows,    # manifest rows
@@ -93,6 +95,7 @@ def build_manifest(root,          # COCO 2017 root
     (rule, look), folder = _rules(min_area, rules), Path(root)/f"{split}2017"; out = Path(out or folder); work = out/".faces"
     for name, v, ok in (("faces", faces, FACES), ("verify", verify, ("header", "full"))):
         if v not in ok: raise ValueError(f"{name} must be one of {', '.join(ok)}, not {v!r}")
+    if device is not None: check_device(device)
     if not 0 <= max_bad <= 1: raise ValueError(f"max_bad must be a share of the pictures, 0 to 1, not {max_bad}")
     shard = None if shard is None else parse_shard(shard)
     found, report = select_pictures(root, split, rule); rows, dropped = [], Counter(report["dropped"])
@@ -115,13 +118,16 @@ def build_manifest(root,          # COCO 2017 root
     return out/"metadata.jsonl"
 
 # %% ../nbs/01_data.ipynb #ba829a95
+_NEEDED = ("version", "sha256", "split", "rule", "faces", "pictures", "kept", "dropped", "people", "face_boxes", "pictures_with_face", "bad_annotations", "content")   # of manifest.json
+
 def load_manifest(path): # of metadata.jsonl
     "(rows, manifest.json). Raises FileNotFoundError or ValueError if it is missing, broken or not what its hash says."
     path = Path(path); side = path.with_name("manifest.json")
     for p in (path, side):
         if not p.is_file(): raise FileNotFoundError(f"{p} is missing: build it with build_manifest")
-    info, body = read_json(side), path.read_bytes()
-    if info.get("version") != MANIFEST_VERSION or hashlib.sha256(body).hexdigest() != info["sha256"]: raise ValueError(f"{path} is not what {side.name} describes (edited, truncated or of another version): build it again")
+    info, body = read_json(side, "build the manifest again"), path.read_bytes(); lost = [k for k in _NEEDED if k not in info] if isinstance(info, dict) else _NEEDED
+    if lost: raise ValueError(f"{side} does not describe a manifest (it has no {', '.join(lost[:3])}): build it again")
+    if info["version"] != MANIFEST_VERSION or hashlib.sha256(body).hexdigest() != info["sha256"]: raise ValueError(f"{path} is not what {side.name} describes (edited, truncated or of another version): build it again")
     return [json.loads(l) for l in body.decode().splitlines()], info
 
 # %% ../nbs/01_data.ipynb #51122723

@@ -7,15 +7,15 @@ __all__ = ['run_download', 'run_build', 'run_inspect', 'run_check', 'run_calibra
            'make_parser', 'check_line', 'main']
 
 # %% ../nbs/01k_data_command.ipynb #19466083
-import argparse, sys, torch
+import argparse, sys
 from dataclasses import fields
 from pathlib import Path
 from .config import TrainConfig, told
 from .data import PersonDataset, build_manifest, load_manifest
 from .cache import LatentCache, build_cache, cache_folder
-from .download import ANNOTATIONS_URL, COCO_SERVER, download_annotations, download_pictures, fetch, tell_download
+from .download import ANNOTATIONS_URL, COCO_SERVER, download_annotations, download_lock, download_pictures, fetch, tell_download
 from .face_pass import parse_shard
-from .faces import FaceRule
+from .faces import FaceRule, check_device
 from .flags import add_flags
 from .inspection import check_manifest, contact_sheet, describe_manifest, find_manifests, plot_manifest, shared_pictures
 from .models import load_base
@@ -28,10 +28,11 @@ def _rule(a): # parsed command line
     return Rule(**{f.name: getattr(a, f.name) for f in fields(Rule)})
 
 def run_download(a): # parsed command line
-    "Annotations, then the pictures that the rule keeps, each verified; run again, it fetches what is missing."
-    how = {k: getattr(a, k) for k in ("retries", "wait", "timeout")}; came = download_annotations(a.root, a.split, a.url, **how)
-    if came: print(f"annotations: {', '.join(came)}")
-    reports = [download_pictures(a.root, s, _rule(a), a.workers, a.mirror, a.give_up, a.limit, **how) for s in a.split]
+    "Annotations, then the pictures that the rule keeps, each decoded and of its size; run again, it fetches what is missing."
+    how = {k: getattr(a, k) for k in ("retries", "wait", "timeout")}
+    with download_lock(a.root):
+        if came := download_annotations(a.root, a.split, a.url, **how): print(f"annotations: {', '.join(came)}")
+        reports = [download_pictures(a.root, s, _rule(a), a.workers, a.mirror, a.give_up, a.limit, **how) for s in a.split]
     print("\n".join(map(tell_download, reports))); return int(any(r["failed"] for r in reports))
 
 # %% ../nbs/01k_data_command.ipynb #ba1d6e47
@@ -89,7 +90,7 @@ def _run_settings(a):
 
 def run_cache(a): # parsed command line
     "Encode pictures and captions once, for runs with --cache_latents True and these settings; what is there and whole stays."
-    c, sets = _run_settings(a); base = load_base(c.base, a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    c, sets = _run_settings(a); base = load_base(c.base, check_device(a.device))
     for s, d in sets.items():
         folder = cache_folder(c.cache_dir, d, c.base, c.mixed_precision); made = build_cache(d, base, folder, c.mixed_precision, parse_shard(a.shard), workers=a.workers)
         print(f"{s}: {len(made)} shard(s) were made in {folder}")
@@ -157,7 +158,7 @@ def check_line(parser, # from `make_parser`
                a):     # parsed command line
     "End with exit code 2 and a sentence for settings that cannot be."
     try:
-        parse_shard(getattr(a, "shard", None))
+        parse_shard(getattr(a, "shard", None)); check_device(getattr(a, "device", None) or "cpu")
         for kind in (Rule, FaceRule): kind(**{f.name: getattr(a, f.name) for f in fields(kind) if hasattr(a, f.name)})
     except ValueError as e: parser.error(str(e))
     least_of = dict(_LEAST, workers=0 if a.command == "cache" else 1)

@@ -28,9 +28,9 @@ def chunk_key(rows,   # of one chunk
              ):       # 16 hex digits
     "The hash of what a chunk's content depends on."
     def of(r):
-        try: size = os.path.getsize(Path(folder)/r["file_name"])
-        except OSError: size = -1
-        return [r["image_id"], r["file_name"], r["width"], r["height"], size, [p["segmentation"] for p in r["people"] if not p["iscrowd"]]]
+        try: at = os.stat(Path(folder)/r["file_name"]); file = [at.st_size, at.st_mtime_ns]
+        except OSError: file = None
+        return [r["image_id"], r["file_name"], r["width"], r["height"], file, [p["segmentation"] for p in r["people"] if not p["iscrowd"]]]
     return hashlib.sha256(json.dumps([PASS_VERSION, asdict(rule), [of(r) for r in rows]]).encode()).hexdigest()[:16]
 
 # %% ../nbs/01d_face_pass.ipynb #139ac57e

@@ -6,7 +6,7 @@
 __all__ = ['truth', 'add_flags']
 
 # %% ../nbs/01l_flags.ipynb #d398f374
-import argparse, inspect
+import argparse, inspect, re
 from fastcore.docments import docments
 
 # %% ../nbs/01l_flags.ipynb #4fd306ad
@@ -35,5 +35,6 @@ def add_flags(parser,    # argparse parser
     about, there = docments(f), {s for a in parser._actions for s in a.option_strings}
     for name, p in inspect.signature(f).parameters.items():
         if name in skip or p.default is p.empty or f"--{name}" in there: continue
-        text = " ".join((about.get(name) or "").split()).replace("%", "%%") + ("" if p.default is None else f" (default: {p.default})")
+        text = " ".join((about.get(name) or "").split()).replace("%", "%%")   # "None: all" is said to a caller of Python
+        text = re.sub(r"; None: (.*)", r" (default: \1)", text) if p.default is None else f"{text} (default: {p.default})"
         parser.add_argument(f"--{name}", default=p.default, help=text, **_flag(name, p.default))

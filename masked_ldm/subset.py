@@ -52,17 +52,27 @@ def most_area(seg): # checked COCO `segmentation`
     return sum((max(p[0::2]) - min(p[0::2]) + 2)*(max(p[1::2]) - min(p[1::2]) + 2) for p in seg)
 
 # %% ../nbs/01g_subset.ipynb #078a3c02
+def _finite(v): # a finite number that floats can hold?
+    return type(v) in (int, float) and -1e300 < v < 1e300
+
 def _numbers(v, n): # n finite numbers?
-    return isinstance(v, (list, tuple)) and len(v) == n and all(type(x) in (int, float) for x in v) and math.isfinite(sum(v))
+    return isinstance(v, (list, tuple)) and len(v) == n and all(map(_finite, v))
 
 def _person(a, h, w):
-    "A manifest's record of one person, from a checked annotation, and what was wrong with its joints or None."
-    seg, kp, box, area = to_rle(a["segmentation"], h, w), a.get("keypoints"), a.get("bbox"), a.get("area")
-    wrong = None if kp is None or _numbers(kp, 51) else f"keypoints that are not 51 numbers ({len(kp) if isinstance(kp, list) else type(kp).__name__}); none are used"
-    if kp is None or wrong: kp = [0]*51
-    if not _numbers(box, 4): box = rle.toBbox(seg).tolist()
-    area = float(area) if type(area) in (int, float) and math.isfinite(area) else float(rle.area(seg))
-    return dict(id=a["id"], segmentation=seg, iscrowd=int(bool(a.get("iscrowd"))), bbox=[float(v) for v in box], area=area, keypoints=[float(v) for v in kp]), wrong
+    "A manifest's record of one person, from a checked annotation, and what else was wrong with it or None."
+    seg, kp, box, area, wrong = to_rle(a["segmentation"], h, w), a.get("keypoints"), a.get("bbox"), a.get("area"), []
+    if kp is not None and not _numbers(kp, 51): wrong.append(f"keypoints that are not 51 numbers ({len(kp) if isinstance(kp, list) else type(kp).__name__}); none are used"); kp = None
+    if box is not None and not (_numbers(box, 4) and min(box[2:]) >= 0): wrong.append("bbox that is not x, y, width, height; the mask's is used"); box = None
+    if area is not None and not (_finite(area) and area >= 0): wrong.append("area that is no number of 0 or more; the mask's is used"); area = None
+    box, area = rle.toBbox(seg).tolist() if box is None else box, rle.area(seg) if area is None else area
+    return dict(id=a["id"], segmentation=seg, iscrowd=int(bool(a.get("iscrowd"))), bbox=[float(v) for v in box], area=float(area), keypoints=[float(v) for v in kp or [0]*51]), "; ".join(wrong) or None
+
+def _face(a, h, w):
+    "What is wrong with an annotation's `face_box`, or None."
+    if not a.get("face_valid"): return None
+    if not (_numbers(box := a.get("face_box"), 4) and min(box[2:]) > 0): return "face_box that is not x, y, width, height; it is left out"
+    x, y, bw, bh = box
+    return None if x < w and y < h and x+bw > 0 and y+bh > 0 else "face_box outside the picture; it is left out"
 
 # %% ../nbs/01g_subset.ipynb #a0da70d4
 def _usable(anns, h, w):
@@ -79,13 +89,13 @@ def describe_image(im,       # COCO image record
                    rule=Rule(), # which pictures are kept
                    allowed=None, # licence ids, from `allowed_licenses`
                   ): # (manifest row or None, reason it is dropped or None, [(annotation id, what is wrong with it)])
-    "One picture under the rule."
-    h, w = im["height"], im["width"]; ok, bad = _usable(anns, h, w); own = [a for a in ok if not a.get("iscrowd")]; least = rule.min_area*h*w
+    "One picture under the rule; `area_fraction` is not rounded."
+    h, w = im["height"], im["width"]; ok, bad = _usable(anns, h, w); own = [a for a in ok if not a.get("iscrowd")]
     if not anns: return None, "no person", bad
     if allowed is not None and im.get("license") not in allowed: return None, "licence not allowed", bad
     if rule.crowd == "drop" and any(a.get("iscrowd") for a in anns): return None, "crowd region", bad
     if not own: return None, "only crowds" if ok else "no usable mask", bad
-    if rule.area_rule == "union" and sum(most_area(a["segmentation"]) for a in own) < least: return None, "people below min_area", bad
+    if rule.area_rule == "union" and sum(most_area(a["segmentation"]) for a in own)/(h*w) < rule.min_area: return None, "people below min_area", bad
     people = []
     for a in ok:
         try: p, wrong = _person(a, h, w); people.append(p)
@@ -95,31 +105,39 @@ def describe_image(im,       # COCO image record
     if not own: return None, "only crowds" if people else "no usable mask", bad
     areas = [float(rle.area(p["segmentation"])) for p in own] if rule.area_rule == "union" or rule.min_person else [0.]
     area = sum(p["area"] for p in own) if rule.area_rule == "sum" else areas[0] if len(own) == 1 else float(rle.area(rle.merge([p["segmentation"] for p in own])))
-    if area < least: return None, "people below min_area", bad
+    if area/(h*w) < rule.min_area: return None, "people below min_area", bad
     if max(areas) < rule.min_person*h*w: return None, "largest person below min_person", bad
     if not captions and rule.need_caption: return None, "no caption", bad
-    return dict(image_id=im["id"], width=w, height=h, license=im.get("license", 0), captions=captions, people=people, area_fraction=round(area/(h*w), 6)), None, bad
+    return dict(image_id=im["id"], width=w, height=h, license=im.get("license", 0), captions=captions, people=people, area_fraction=area/(h*w)), None, bad
 
 # %% ../nbs/01g_subset.ipynb #47914dc4
+def _select(root, split, rule):
+    "`select_pictures` without rounding."
+    s = read_coco(root, split); check_overlap(s.images, root, "val" if split == "train" else "train"); allowed = allowed_licenses(rule, s.licenses); rows, dropped, bad = [], Counter(), []
+    for im in progress(s.images, f"annotations {split}"):
+        anns = s.people.pop(im["id"], []); row, why, wrong = describe_image(im, anns, s.captions.pop(im["id"], []), rule, allowed); at = im["height"], im["width"]
+        faces = {a["id"]: _face(a, *at) for a in anns if "face_box" in a}; wrong += [(k, t) for k, t in faces.items() if t]; bad += [dict(file=s.path.name, annotation=k, wrong=t) for k, t in wrong]
+        if not row: dropped[why] += 1; continue
+        row.update(file_name=im["file_name"], license_name=s.licenses.get(row["license"], "unknown"), url=im.get("coco_url"))
+        if faces: row["face_boxes"] = [a["face_box"] for a in anns if a.get("face_valid") and a["id"] in faces and not faces[a["id"]]]
+        rows.append(row)
+    return rows, dict(pictures=len(s.images), dropped=dict(sorted(dropped.items())), bad_annotations=bad)
+
 @no_gc()
 def select_pictures(root,          # COCO root
                     split="train", # "train" or "val"
                     rule=Rule(),   # which pictures are kept
                    ): # (rows by image id, report: dict of pictures, dropped {reason: count}, bad_annotations)
     "The pictures of a split that its annotations let pass. Raises FileNotFoundError or ValueError that names file and annotation."
-    s = read_coco(root, split); check_overlap(s.images, root, "val" if split == "train" else "train"); allowed = allowed_licenses(rule, s.licenses); rows, dropped, bad = [], Counter(), []
-    for im in progress(s.images, f"annotations {split}"):
-        anns = s.people.pop(im["id"], []); row, why, wrong = describe_image(im, anns, s.captions.pop(im["id"], []), rule, allowed); bad += [dict(file=s.path.name, annotation=k, wrong=t) for k, t in wrong]
-        if not row: dropped[why] += 1; continue
-        row.update(file_name=im["file_name"], license_name=s.licenses.get(row["license"], "unknown"), url=im.get("coco_url"))
-        if any("face_box" in a for a in anns): row["face_boxes"] = [a["face_box"] for a in anns if a.get("face_valid") and _numbers(a.get("face_box"), 4)]
-        rows.append(row)
-    return rows, dict(pictures=len(s.images), dropped=dict(sorted(dropped.items())), bad_annotations=bad)
+    rows, report = _select(root, split, rule)
+    for r in rows: r["area_fraction"] = round(r["area_fraction"], 6)
+    return rows, report
 
 # %% ../nbs/01g_subset.ipynb #438d352a
+@no_gc()
 def area_shares(root, split="train", area_rule="union"): # COCO root; split; "union" or "sum"
     "The sorted shares of the picture that people cover, one for each picture with a usable mask and a caption, largest first."
-    rows, _ = select_pictures(root, split, Rule(0., area_rule))
+    rows, _ = _select(root, split, Rule(0., area_rule))
     return sorted((r["area_fraction"] for r in rows), reverse=True)
 
 def _between(lo, hi):
@@ -145,6 +163,6 @@ def calibrate_min_area(root,                               # COCO root
 def tell_calibration(found, # from `calibrate_min_area`
                     ): # text
     "What a calibration says, and how far its splits disagree."
-    lines = [f"{k}: min_area {v['min_area']:g} keeps {v['kept']:,} of {v['of']:,} pictures" for k, v in found.items()]
-    lines += [f"at {j}'s min_area {found[j]['min_area']:g}, {k} keeps {v[f'at_{j}']:,}, {abs(v[f'off_{j}']):.1%} {'more' if v[f'off_{j}'] >= 0 else 'fewer'} than wanted" for k, v in found.items() for j in found if j != k]
+    lines = [f"{k}: min_area {v['min_area']} keeps {v['kept']:,} of {v['of']:,} pictures" for k, v in found.items()]
+    lines += [f"at {j}'s min_area {found[j]['min_area']}, {k} keeps {v[f'at_{j}']:,}, {abs(v[f'off_{j}']):.1%} {'more' if v[f'off_{j}'] >= 0 else 'fewer'} than wanted" for k, v in found.items() for j in found if j != k]
     return "\n".join(lines)

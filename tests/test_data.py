@@ -58,7 +58,11 @@ REFUSED = dict(
     text_size=(lambda d: d["images"][2].update(width="64"), "instances", "has no usable width and height: '64'"), leaves=(lambda d: d["images"][2].update(file_name="../../x.png"), "instances", "no name inside the picture folder"),
     absolute=(lambda d: d["images"][2].update(file_name="/etc/passwd"), "instances", "no name inside the picture folder"), list_id=(lambda d: first(d).update(id=[1]), "instances", "has the id [1]"),
     no_id=(lambda d: first(d).pop("id"), "instances", "annotation number 0 has no 'id'"), not_a_record=(lambda d: d["annotations"].insert(1, "x"), "instances", "annotation number 1 has no 'id'"),
-    float_id=(lambda d: d["images"][0].update(id=1.5), "instances", "has the id 1.5"))
+    float_id=(lambda d: d["images"][0].update(id=1.5), "instances", "has the id 1.5"),
+    negative_id=(lambda d: (d["images"].append(dict(d["images"][0], id=-7, file_name="x.png"))), "instances", "image id -7 is not in the range 0"),
+    one_file_twice=(lambda d: d["images"][3].update(file_name=d["images"][1]["file_name"]), "instances", "have the same file_name"),
+    list_license=(lambda d: d["images"][2].update(license=[1]), "instances", "has the license [1], which is no whole number or text"),
+    number_url=(lambda d: d["images"][2].update(coco_url=5), "instances", "has the coco_url 5, which is no text"))
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_annotations_that_cannot_be_are_refused(what, spoil):
@@ -75,7 +79,7 @@ def test_files_that_are_no_annotations(kind, raw, said, spoil):
     assert code == 1 and last(text).startswith("masked-ldm-data build: ") and f"{kind}_val2017.json {said}" in last(text) and "Traceback" not in text, text
 
 NAN, INF = float("nan"), float("inf")
-BAD_MASKS = dict(nan=[[0, 0, NAN, 0, 9, 9]], huge=[[0, 0, 1e9, 0, 9, 9]], infinite=[[0, INF, 9, 0, 9, 9]], four=[[0, 0, 9, 9]], odd=[[0, 0, 9, 0, 9, 9, 1]], empty=[], text=[["a", 0, 9, 0, 9, 9]], none=None, number=7,
+BAD_MASKS = dict(size_number=dict(size=480, counts=[81]), size_text=dict(size="ab", counts=[81]), endless=[[0, 0, 10**400, 0, 9, 9]], endless_too=[[0, 0, 10**400, .5, 9, 9]], nan=[[0, 0, NAN, 0, 9, 9]], huge=[[0, 0, 1e9, 0, 9, 9]], infinite=[[0, INF, 9, 0, 9, 9]], four=[[0, 0, 9, 9]], odd=[[0, 0, 9, 0, 9, 9, 1]], empty=[], text=[["a", 0, 9, 0, 9, 9]], none=None, number=7,
                  size=dict(size=[9, 9], counts=[81]), short=dict(size=[64, 64], counts=[5, 5]), broken=dict(size=[64, 64], counts="P"), outside=[[-90, -90, -50, -90, -50, -50]])
 
 @pytest.mark.parametrize("what", BAD_MASKS)
@@ -86,6 +90,19 @@ def test_a_mask_that_cannot_be_is_skipped_and_named(what, spoil, files):
     root = spoil(lambda d: [a.update(segmentation=BAD_MASKS[what]) for a in d["annotations"] if a["id"] == ids[0]]); rows, report = select_pictures(root, "val", Rule(0.))
     assert [(b["file"], b["annotation"]) for b in report["bad_annotations"]] == [("instances_val2017.json", ids[0])] and report["bad_annotations"][0]["wrong"]
     row, = (r for r in rows if r["image_id"] == image); assert [p["id"] for p in row["people"]] == sorted(ids[1:]) and len(rows) + sum(report["dropped"].values()) == report["pictures"]
+
+ODD = dict(bbox_nan=(dict(bbox=[NAN]*4), "bbox that is not"), bbox_endless=(dict(bbox=[10**400, 0, 1, 1]), "bbox that is not"), bbox_negative=(dict(bbox=[0, 0, -3, 4]), "bbox that is not"), area_nan=(dict(area=NAN), "area that is no"), area_negative=(dict(area=-5), "area that is no"),
+           area_text=(dict(area="9"), "area that is no"), face_nan=(dict(face_valid=True, face_box=[NAN]*4), "face_box that is not"), face_outside=(dict(face_valid=True, face_box=[500, 500, 9, 9]), "face_box outside the picture"), face_empty=(dict(face_valid=True, face_box=[3, 3, 0, 9]), "face_box that is not"))
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_is_replaced_or_left_out_is_named(what, spoil, files):
+    "The person stays; what could not be used of its annotation is listed, and in the manifest nothing of it is left."
+    from masked_ldm.data import build_manifest, load_manifest
+    change, said = ODD[what]; k = first(files["instances"])["id"]; plain = load_manifest(build_manifest(spoil(None), "val", spoil(None)/"plain", 0., "annotation"))[0]
+    root = spoil(lambda d: first(d).update(change)); rows, info = load_manifest(build_manifest(root, "val", root/"out", 0., "annotation")); bad, = info["bad_annotations"]
+    assert bad["annotation"] == k and bad["file"] == "instances_val2017.json" and said in bad["wrong"]; p, = (p for r in rows for p in r["people"] if p["id"] == k)
+    assert p["area"] > 0 and min(p["bbox"]) >= 0 and all(0 <= f["box"][0] < r["width"] for r in rows for f in r["faces"]) and len(rows) == len(plain)
+    assert sum(len(r["faces"]) for r in plain) - info["face_boxes"] == (what.startswith("face") and bool(first(files["instances"]).get("face_valid")))
 
 def test_every_reason_is_counted(spoil):
     "Each picture is kept, or dropped under one reason."
@@ -162,6 +179,7 @@ def test_check_names_the_picture(change, said, people):
 def test_check_of_a_manifest_that_was_edited(people):
     m = people/"val"/"metadata.jsonl"; m.write_text(m.read_text().replace("man", "men", 1)); code, text = cli("check", people); assert code == 1 and "is not what manifest.json describes" in last(text), text
     m.unlink(); code, text = cli("check", people); assert code == 0 and "val" not in text, text          # what is not there is not listed
+    for body in ("[]", '{"version": 3}', "7", "null"): (people/"train"/"manifest.json").write_text(body); code, text = cli("check", people); assert code == 1 and "manifest.json does not describe a manifest" in last(text) and "Traceback" not in text, text
     (people/"train"/"manifest.json").write_text("{"); code, text = cli("check", people/"train"); assert code == 1 and "manifest.json is not valid JSON" in last(text), text
 
 def test_inspect_draws_and_counts(people, tmp_path):
@@ -173,6 +191,16 @@ def test_inspect_draws_and_counts(people, tmp_path):
 def test_calibrate(world):
     code, text = cli("calibrate", world, "--train", 30, "--val", 6); assert code == 0 and "keeps 30 of" in text and "keeps 6 of" in text and "than wanted" in text, text
     code, text = cli("calibrate", world); assert code == 1 and "wanted 37470 pictures of split train, which has" in last(text), text
+
+def test_calibration_counts_what_the_rule_keeps(tmp_path):
+    "1,500 pictures of 640 x 480 whose shares lie between .045 and .05, closer together than a share rounded to six places tells apart."
+    from masked_ldm.subset import Rule, calibrate_min_area, select_pictures
+    rng = np.random.default_rng(0); areas = rng.choice(np.arange(int(.045*307200), int(.05*307200)), 1500, replace=False).tolist(); images = [dict(id=k, width=640, height=480, file_name=f"{k}.jpg", license=1) for k in range(1500)]
+    anns = [dict(id=k, image_id=k, category_id=1, iscrowd=0, segmentation=dict(size=[480, 640], counts=[0, n, 307200-n]), area=n, bbox=[0, 0, 9, 9]) for k, n in enumerate(areas)]; (tmp_path/"annotations").mkdir()
+    for kind, d in (("instances", dict(images=images, annotations=anns, categories=[dict(id=1, name="person")])), ("captions", dict(images=images, annotations=[dict(id=k, image_id=k, caption="a man") for k in range(1500)]))):
+        (tmp_path/"annotations"/f"{kind}_val2017.json").write_text(json.dumps(d))
+    for n in (1, 28, 29, 30, 700, 1499, 1500):
+        v = calibrate_min_area(tmp_path, dict(val=n))["val"]; assert v["kept"] == n == len(select_pictures(tmp_path, "val", Rule(v["min_area"]))[0]), v
 
 def test_faces_by_shares_are_the_faces_at_once(people, tmp_path):
     "Many jobs, then build: the same bytes as build alone."
@@ -197,7 +225,8 @@ def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
     ("build X --min_are .1", 2, "unrecognized arguments: --min_are"), ("build X --crowd maybe", 2, "argument --crowd: invalid choice"), ("build X --need_caption maybe", 2, "must be True or False, not 'maybe'"), ("build X --split test", 2, "invalid choice"), ("download X --workers 0", 2, "workers must be 1 or more, not 0"),
     ("download X --retries -1", 2, "retries must be 0 or more, not -1"), ("download X --min_area -1", 2, "min_area must be a share"), ("calibrate X --train 0 --val 0", 2, "nothing to calibrate"), ("inspect X --n 0", 2, "n must be 1 or more, not 0"),
     ("build X", 1, "instances_train2017.json is missing: a COCO 2017 root has"), ("check X", 1, "has no manifest"), ("inspect X", 1, "has no manifest"), ("calibrate X", 1, "instances_train2017.json is missing"), ("download WORLD --licenses zzz", 1, "licenses: 'zzz' is none of this data set's"), ("build WORLD --out FILE", 1, "afile"),
-    ("faces X --shard 3/2", 2, "shard must be i/n"), ("faces X --min_score 2", 2, "min_score"), ("cache X", 1, "data_root"), ("cache X --size 63", 1, "size must be a multiple of 8"), ("shard X", 2, "required: --out"), ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"), ("build X --max_bad 3", 1, "max_bad must be a share")])
+    ("faces X --shard 3/2", 2, "shard must be i/n"), ("faces X --min_score 2", 2, "min_score"), ("cache X", 1, "data_root"), ("cache X --size 63", 1, "size must be a multiple of 8"), ("shard X", 2, "required: --out"), ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"), ("build X --max_bad 3", 1, "max_bad must be a share"),
+    ("build X --faces mtcnn --device banana", 2, "device 'banana' is not there"), ("faces X --device cuda:99", 2, "device 'cuda:99' is not there"), ("cache X --device banana", 2, "device 'banana' is not there")])
 def test_exit_codes_and_sentences(line, code, said, world, tmp_path):
     (tmp_path/"afile").write_text(""); got, text = cli(*(dict(X=tmp_path/"nowhere", WORLD=world, FILE=tmp_path/"afile").get(w, w) for w in line.split())); assert got == code and said in last(text) and last(text).startswith("masked-ldm-data") and "Traceback" not in text, text
 
@@ -209,6 +238,7 @@ def test_help_tells_every_setting(command):
     from masked_ldm.subset import Rule
     sub = make_parser()._subparsers._group_actions[0].choices[command]; flags = {a.dest for a in sub._actions}; assert all(a.help for a in sub._actions), [a.dest for a in sub._actions if not a.help]
     if command in ("build", "faces", "download"): assert {f.name for f in fields(Rule)} <= flags | ({"min_faces"} if command == "download" else set())
+    assert not any("None:" in a.help for a in sub._actions)   # Python's way to say it
     code, text = cli(command, "--help"); assert code == 0 and "usage: masked-ldm-data " + command in text
 
 def test_exit_codes_of_a_process(world, tmp_path):

@@ -19,7 +19,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mood == "short": body = body[:len(body)//2]
         if mood == "no range": first = 0
         if first > len(body) or (first == len(body) and first): self.send_response(416); self.send_header("Content-Length", "0"); return self.end_headers()
-        self.send_response(206 if first else 200); self.send_header("Content-Length", str(len(body)-first))
+        if s.heeds and self.headers.get("If-Range") not in (None, *s.tags): first = 0
+        self.send_response(206 if first else 200); [self.send_header(k, v) for k, v in zip(("ETag", "Last-Modified"), s.tags) if v]; self.send_header("Content-Length", str(len(body)-first))
         if first: self.send_header("Content-Range", f"bytes {first if mood != 'wrong range' else 0}-{len(body)-1}/{len(body)}")
         self.end_headers(); sent = body[first:]
         if mood == "dies": self.close_connection = True; sent = sent[:len(sent)//2]
@@ -28,7 +29,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def served(world, tmp_path):
     "(server, COCO root with annotations only)"
-    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler); s.folder, s.moods, s.mood, s.asked, s.slow, s.dead = Path(world), {}, None, [], 0, 0; s.url = f"http://127.0.0.1:{s.server_port}"
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler); s.folder, s.moods, s.mood, s.asked, s.slow, s.dead, s.tags, s.heeds = Path(world), {}, None, [], 0, 0, (), True; s.url = f"http://127.0.0.1:{s.server_port}"
     threading.Thread(target=s.serve_forever, daemon=True).start(); root = tmp_path/"coco"; shutil.copytree(Path(world)/"annotations", root/"annotations")
     yield s, root
     s.shutdown(); s.server_close()
@@ -40,7 +41,7 @@ def download(s, root, split="val", **kw):
 
 def names(root, split="val"): return sorted(p.name for p in (Path(root)/f"{split}2017").glob("*.png"))
 def same(s, root, split="val"): return all((root/f"{split}2017"/n).read_bytes() == (s.folder/f"{split}2017"/n).read_bytes() for n in names(root, split))
-def leftovers(root): return [p.name for p in Path(root).rglob("*.part")]
+def leftovers(root): return [p.name for p in Path(root).rglob("*.part*")]
 
 def test_only_what_the_rule_keeps_comes_and_comes_once(served):
     from masked_ldm.download import download_pictures
@@ -82,6 +83,35 @@ def test_a_part_is_gone_on_with(served):
     part = to.with_name("big.bin.part"); have = part.stat().st_size; assert 0 < have < 300_000 and not to.exists()
     s.moods.clear(); s.asked.clear(); assert fetch(url, to) == 300_000-have and s.asked == [("/big.bin", have)] and to.read_bytes() == whole.read_bytes() and not part.exists()
 
+@pytest.mark.parametrize("tags, later", [(('"a"', ""), ('"b"', "")), (("", "Tue, 03 Jun 2025 10:00:00 GMT"), ("", "Wed, 04 Jun 2025 10:00:00 GMT")), (('W/"a"', "Tue, 03 Jun 2025 10:00:00 GMT"), ('W/"a"', "Wed, 04 Jun 2025 10:00:00 GMT")), (None, ('"b"', ""))])
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_part_of_another_file_is_not_gone_on_with(tags, later, heeds, served):
+    "The file at the server is replaced by one of the same length after the first half came; `heeds`: does the server look at If-Range?"
+    from masked_ldm.download import FetchError, fetch
+    s, root = served; url, whole = big(s); to = root/"big.bin"; s.moods["/big.bin"], s.tags = "dies", tags or ()
+    with pytest.raises(FetchError, match="the connection broke off"): fetch(url, to, retries=0, timeout=5)
+    whole.write_bytes(random.Random(1).randbytes(300_000)); s.moods.clear(); s.asked.clear(); s.tags, s.heeds = later, heeds
+    fetch(url, to, retries=1, wait=.01); assert to.read_bytes() == whole.read_bytes() and not leftovers(root)
+    assert s.asked[0][1] > 0 and len(s.asked) == (1 if heeds and tags else 2)
+
+def test_a_part_of_the_same_file_is(served):
+    from masked_ldm.download import FetchError, fetch
+    s, root = served; url, whole = big(s); to = root/"big.bin"; s.moods["/big.bin"], s.tags = "dies", ('"a"', "")
+    with pytest.raises(FetchError): fetch(url, to, retries=0, timeout=5)
+    have = to.with_name("big.bin.part").stat().st_size; s.moods.clear(); s.asked.clear(); assert fetch(url, to) == 300_000-have and s.asked == [("/big.bin", have)] and to.read_bytes() == whole.read_bytes() and not leftovers(root)
+
+@pytest.mark.parametrize("url", ["http://[bad", "http://", "ftp://x/y", "nowhere", "http://a b:x/"])
+def test_an_address_that_is_none_fails_by_name(url, served):
+    "Also in an annotation: the other pictures come."
+    from masked_ldm.download import FetchError, fetch
+    s, root = served
+    with pytest.raises(FetchError) as e: fetch(url, root/"x", retries=0, wait=.01)
+    assert str(e.value).startswith(f"{url} could not be fetched: ")
+    p = root/"annotations"/"instances_val2017.json"; d = json.loads(p.read_text())
+    for im in d["images"]: im["coco_url"] = f"{s.url}/val2017/{im['file_name']}"
+    bad = d["images"][2]; bad["coco_url"] = url; p.write_text(json.dumps(d)); r = download(s, root, mirror=None, retries=0)
+    assert [f["file_name"] for f in r["failed"]] == [bad["file_name"]] and r["failed"][0]["url"] == url and r["fetched"] == r["wanted"]-1
+
 @pytest.mark.parametrize("mood", ["no range", "wrong range", None])
 def test_a_part_that_does_not_fit_is_thrown_away(mood, served):
     "A server without Range, one that sends another part, and a part that is longer than the file: the result is whole all the same."
@@ -110,6 +140,27 @@ def test_no_other_download_at_the_same_time(served):
     from filelock import FileLock
     s, root = served
     with FileLock(str(root/".download.lock")), pytest.raises(OSError, match="is being filled by another download"): download(s, root)
+
+def test_two_at_once_from_nothing(served, tmp_path):
+    "The second ends with a sentence while the first is still at the annotations; the first is whole."
+    s, _ = served; root = tmp_path/"new"; zip_notes(s); s.slow = 3; args = ("download", root, "--url", s.url+"/notes.zip", "--mirror", s.url, "--min_area", 0, "--split", "val", "--limit", 1)
+    p = subprocess.Popen([sys.executable, "-m", "masked_ldm.data_command", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True); end = time.time() + 120
+    from masked_ldm.download import download_annotations
+    while not s.asked: assert time.time() < end and p.poll() is None; time.sleep(.02)
+    with pytest.raises(OSError, match="is being filled by another download"): download_annotations(root, ("val",), s.url+"/notes.zip")
+    text = p.communicate(timeout=100)[0]; assert p.returncode == 0 and "1 came" in text and [a for a, _ in s.asked].count("/notes.zip") == 1 and not leftovers(root), text
+
+def test_damaged_annotations_say_what_to_remove(served, tmp_path):
+    "Download leaves what is there, so the file to be removed is named; without it, download mends the root."
+    s, _ = served; root = tmp_path/"new"; zip_notes(s); args = ("download", root, "--url", s.url+"/notes.zip", "--mirror", s.url, "--min_area", 0, "--split", "val", "--limit", 1, "--wait", .01)
+    code, text = cli(*args); assert code == 0, text
+    bad = root/"annotations"/"instances_val2017.json"; whole = bad.read_bytes(); bad.write_bytes(whole[:len(whole)//2]); code, text = cli(*args)
+    assert code == 1 and f"remove it (rm {bad}) and fetch it again" in text and "Traceback" not in text, text
+    bad.unlink(); code, text = cli(*args); assert code == 0 and bad.read_bytes() == whole, text
+
+def zip_notes(s):
+    with zipfile.ZipFile(s.folder/"notes.zip", "w") as z:
+        for p in (s.folder/"annotations").iterdir(): z.write(p, f"annotations/{p.name}")
 
 def test_a_full_disk_is_said(served, tmp_path):
     "The file size is limited instead: the kernel's error is another, so it is changed to that of a full disk."

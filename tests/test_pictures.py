@@ -1,5 +1,5 @@
 "Picture files of bad days and of every kind, on their way from a COCO root to a batch."
-import io, json, shutil
+import io, json, os, shutil
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -49,6 +49,14 @@ def test_a_byte_that_changed_needs_the_full_look(root):
     path, _ = victim(root); body = bytearray(path.read_bytes()); body[len(body)//2] ^= 255; path.write_bytes(body)
     build_manifest(root, "val")
     with pytest.raises(ValueError, match="truncated or damaged"): build_manifest(root, "val", verify="full")
+
+@pytest.mark.parametrize("kept_time", [False, True])
+def test_a_byte_that_changed_after_the_face_pass(root, kept_time, capsys):
+    "Of equal size: its chunk is made again; where the file's time was put back too, verify='full' finds it all the same."
+    build_manifest(root, "val", faces="mtcnn", device="cpu"); path, _ = victim(root); at = path.stat(); body = bytearray(path.read_bytes()); body[len(body)//2] ^= 255; path.write_bytes(body)
+    if kept_time: os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    with pytest.raises(ValueError, match="truncated or damaged"): build_manifest(root, "val", faces="mtcnn", device="cpu", verify="full")
+    assert ("of other pictures or settings: it is made again" in capsys.readouterr().out) is not kept_time
 
 def test_the_share_is_bounded(root):
     for k in range(3): victim(root, k)[0].unlink()
