@@ -7,7 +7,7 @@ __all__ = ['SHARD_VERSION', 'tar_sample', 'index_shards', 'write_shards', 'fetch
            'StreamDataset']
 
 # %% ../nbs/01f_stream.ipynb #ac261d04
-import hashlib, io, json, os, time
+import hashlib, io, json, os, re, time
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -18,11 +18,10 @@ from PIL import Image
 from fastcore.basics import patch
 from safetensors.torch import load, save
 from webdataset import TarWriter
-from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.utils import pytorch_worker_info
 from .data import PersonDataset
-from .pictures import orient, read_picture, to_rgb
+from .pictures import FORMATS, orient, read_picture, to_rgb
 from .show import progress
 
 # %% ../nbs/01f_stream.ipynb #98303163
@@ -69,13 +68,16 @@ def write_shards(dataset, # `PersonDataset`; with its cache, if it has one
     return index_shards(folder) if n == 1 else None
 
 # %% ../nbs/01f_stream.ipynb #d8c1723d
-def _fetch(url):
-    "The bytes behind a path or URL."
-    if not url.startswith(("http://", "https://")):
-        with gopen(url) as f: return f.read()
-    with urlopen(url, timeout=60) as f: return f.read()
+def _web(url): return url.lower().startswith(("http://", "https://"))
 
-def fetch(url,    # path, or a URL that WebDataset knows
+def _fetch(url):
+    "The bytes behind a path or a web address, and of nothing else: no command, no other protocol."
+    if _web(url):
+        with urlopen(url, timeout=60) as f: return f.read()
+    if re.match("[a-z0-9+.-]+://|pipe:", url, re.I): raise ValueError("only paths, http:// and https:// are read")
+    with open(url, "rb") as f: return f.read()
+
+def fetch(url,    # path, or http(s) address
           what,   # "index" or "shard", for the message
           entry=None, # of the index: bytes and sha256 that it must have
           tries=3): # of a server that fails
@@ -88,23 +90,25 @@ def fetch(url,    # path, or a URL that WebDataset knows
         except FileNotFoundError: why, left = "there is no such file", 0
         except HTTPError as e: why = f"the server says {e.code} {e.reason}"; left = left if e.code >= 500 or e.code in (408, 429) else 0
         except (OSError, ValueError, HTTPException) as e: why = f"the transfer broke off ({e})" if isinstance(e, HTTPException) else str(e)
-        if not left or "://" not in url: raise OSError(f"{what} {url} cannot be read: {why}") from None
+        if not left or not _web(url): raise OSError(f"{what} {url} cannot be read: {why}") from None
         time.sleep(.5*(tries-left))
 
 # %% ../nbs/01f_stream.ipynb #6ee7770d
 def read_index(where): # folder, or path or URL of index.json
     "(what a shard's name is relative to, index). Raises OSError or ValueError that names it."
     where = str(where); where = where if where.endswith(".json") else os.path.join(where, "index.json"); data = fetch(where, "index")
-    try: index = json.loads(data); shards = [(s["name"], s["pictures"], s["sha256"]) for s in index["shards"]]
+    try: index = json.loads(data); shards = [(s["name"], s["pictures"], s["bytes"], s["sha256"]) for s in index["shards"]]; total = sum(s[1] for s in shards); index["cache"]
     except (ValueError, KeyError, TypeError): raise ValueError(f"index {where} is not one that write_shards makes") from None
-    if index.get("version") != SHARD_VERSION or sum(n for _, n, _ in shards) != index["pictures"]: raise ValueError(f"index {where} is of another version or incomplete: write the shards again")
+    if index.get("version") != SHARD_VERSION or total != index["pictures"]: raise ValueError(f"index {where} is of another version or incomplete: write the shards again")
+    for name, *_ in shards:
+        if not (isinstance(name, str) and re.fullmatch(r"[0-9]+\.tar", name)): raise ValueError(f"index {where} names a shard {name!r}: only a number and .tar is opened")
     return where, index
 
 def read_shard(base,   # from `read_index`
                entry,  # of the index
               ): # list of {__key__, json, EXTENSION, maybe safetensors: bytes}
     "The samples of a shard, by WebDataset. Raises OSError that names the shard."
-    url = urljoin(base, entry["name"]) if "://" in base else os.path.join(os.path.dirname(base), entry["name"])
+    url = urljoin(base, entry["name"]) if _web(base) else os.path.join(os.path.dirname(base), entry["name"])
     got = list(group_by_keys(tar_file_expander([dict(url=url, stream=io.BytesIO(fetch(url, "shard", entry)))])))
     if len(got) != entry["pictures"]: raise OSError(f"shard {url} cannot be read: it holds {len(got)} pictures, its index says {entry['pictures']}")
     return got
@@ -153,7 +157,7 @@ class StreamDataset(torch.utils.data.IterableDataset):
 def _sample(self:StreamDataset, parts, shard): # of one picture; name of the shard, for the message
     "A `PersonDataset` sample."
     r = json.loads(parts["json"]); flip, k = self.chance(self.epoch, r)
-    try: image = to_rgb(orient(Image.open(io.BytesIO(parts[r["file_name"].rsplit(".", 1)[1]])), (r["width"], r["height"])))
+    try: image = to_rgb(orient(Image.open(io.BytesIO(parts[r["file_name"].rsplit(".", 1)[1]]), formats=FORMATS), (r["width"], r["height"])))
     except (OSError, ValueError, KeyError) as e: raise OSError(f"picture {r['file_name']} of shard {shard} cannot be read ({e})") from None
     s = self.sample(r, image, flip, k)
     if "safetensors" not in parts: return s

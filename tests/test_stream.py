@@ -130,3 +130,22 @@ def test_photographs_through_cache_and_shards(tmp_path):
         a, b = got[r["image_id"]], ds[(2, i)]; assert a["caption"] == b["caption"] and all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k])); assert torch.allclose(a["moments"], base.moments(a["pixels"][None])[0], atol=1e-4)
     (tmp_path/"shards"/"00000.tar").unlink()
     with pytest.raises(ValueError, match="crop 'people'; asked for are 64 px, crop 'center'"): StreamDataset(tmp_path/"shards", 64)
+
+@pytest.mark.parametrize("name", ["pipe:touch RAN", "pipe:touch RAN #.tar", "../00000.tar", "/etc/hostname", "http://elsewhere/00000.tar", "file:///etc/hostname", "00000.tar\n", "", None, 3])
+@pytest.mark.parametrize("by", ["path", "server"])
+def test_index_that_names_something_else(data, server, tmp_path, name, by):
+    "An index from elsewhere can make a reader run no command and read no other file or server; it is refused before anything it names is opened."
+    from masked_ldm.stream import StreamDataset
+    url, asked, faults = server; index = json.loads((data[1]/"index.json").read_text()); index["shards"][0]["name"] = name.replace("RAN", str(tmp_path/"ran")) if isinstance(name, str) else name; body = json.dumps(index).encode()
+    def hand_out(h): h.send_response(200); h.send_header("Content-Length", str(len(body))); h.end_headers(); h.wfile.write(body); return True
+    faults["/index.json"] = hand_out; (tmp_path/"index.json").write_bytes(body)
+    with pytest.raises(ValueError, match="names a shard"): list(StreamDataset(tmp_path if by == "path" else f"{url}/index.json", 64))
+    assert not (tmp_path/"ran").exists() and set(asked) <= {"/index.json"}
+
+@pytest.mark.parametrize("where", ["pipe:touch RAN", "PIPE:touch RAN; cat http://x/index.json", "s3://bucket/index.json", "file:///index.json"])
+def test_no_command_and_no_other_protocol(data, tmp_path, where):
+    from masked_ldm.stream import fetch, read_shard
+    where = where.replace("RAN", str(tmp_path/"ran")); entry = json.loads((data[1]/"index.json").read_text())["shards"][0]
+    for f in (lambda: fetch(where, "index"), lambda: read_shard(where, dict(entry, name=where))):
+        with pytest.raises(OSError, match="cannot be read: (only paths, http|there is no such file)"): f()
+    assert not (tmp_path/"ran").exists()
