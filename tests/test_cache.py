@@ -177,7 +177,7 @@ def test_shards_are_not_packed_from_a_cache_that_is_not_theirs(tmp_path, capsys,
     from masked_ldm.data_command import main
     from masked_ldm.models import BASES
     from masked_ldm.people import write_world
-    shutil.copytree(BASES["tiny"], tmp_path/"tiny"); out = tmp_path/"people"; ds = PersonDataset(build_manifest(write_world(tmp_path/"world", 12, 4), "train", out/"train"), 64)
+    shutil.copytree(BASES["tiny"], tmp_path/"tiny"); out = tmp_path/"people"; world = write_world(tmp_path/"world", 12, 4); build_manifest(world, "val", out/"val"); ds = PersonDataset(build_manifest(world, "train", out/"train"), 64)
     how = [str(out), "--base", str(tmp_path/"tiny"), "--cache_dir", str(tmp_path/"cache")]; main(["cache", *how]); main(["shard", *how, "--cached", "--out", str(tmp_path/"good")]); assert (tmp_path/"good"/"train"/"index.json").exists()
     shard, = (tmp_path/"cache").glob("*/00000.safetensors"); hurt(shard, ds, tmp_path); capsys.readouterr()
     with pytest.raises(SystemExit) as e: main(["shard", *how, "--cached", "--out", str(tmp_path/"bad")])
