@@ -67,13 +67,16 @@ def _rules(min_area, given): # fields of `Rule` and `FaceRule` by name
 def _write_manifest(rows, out, info):
     "metadata.jsonl and manifest.json, each whole."
     whole, content = hashlib.sha256(), hashlib.sha256(b"["); out.mkdir(parents=True, exist_ok=True); tmp = lambda name: out/f".{name}.{os.getpid()}.tmp"
-    with open(tmp("metadata.jsonl"), "wb") as f:
-        for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
-            rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
-            content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
-    content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
-    tmp("manifest.json").write_text(json.dumps(info, indent=1))
-    for name in ("metadata.jsonl", "manifest.json"): os.replace(tmp(name), out/name)
+    try:
+        with open(tmp("metadata.jsonl"), "wb") as f:
+            for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
+                rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
+                content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
+        content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
+        tmp("manifest.json").write_text(json.dumps(info, indent=1))
+        for name in ("metadata.jsonl", "manifest.json"): os.replace(tmp(name), out/name)
+    finally:
+        for name in ("metadata.jsonl", "manifest.json"): tmp(name).unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #35f2dd22
 MANIFEST_VERSION = 3

@@ -183,3 +183,15 @@ def test_shards_are_not_packed_from_a_cache_that_is_not_theirs(tmp_path, capsys,
     with pytest.raises(SystemExit) as e: main(["shard", *how, "--cached", "--out", str(tmp_path/"bad")])
     assert said in str(e.value) and str(shard) in str(e.value) and "\n" not in str(e.value) and not list((tmp_path/"bad").rglob("*.tar"))
     main(["cache", *how]); main(["shard", *how, "--cached", "--out", str(tmp_path/"bad")])   # what the sentence says helps
+
+def test_manifest_is_written_under_a_name_of_its_own(tmp_path, monkeypatch):
+    "Two builds at once do not write into each other's files, and one that breaks off leaves the old manifest and no rubbish."
+    from masked_ldm import data
+    from masked_ldm.people import write_world
+    world = write_world(tmp_path/"world", 8, 4); out = tmp_path/"out"; names, real = [], os.replace
+    monkeypatch.setattr(data.os, "replace", lambda a, b: names.append(Path(a).name) or real(a, b)); manifest = data.build_manifest(world, "train", out, faces="none"); old = content(out)
+    assert set(old) == {"metadata.jsonl", "manifest.json"} and len(names) == 2 and all(str(os.getpid()) in n for n in names)
+    def full(a, b): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.raises(OSError, match="No space"): data.build_manifest(world, "train", out, faces="keypoints")
+    assert content(out) == old and len(data.PersonDataset(manifest, 64)) > 0
