@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CACHE_VERSION', 'cache_bytes', 'fingerprint', 'cache_settings', 'describe_shard', 'save_shard', 'read_about', 'stale',
-           'encode_shards', 'build_cache', 'cache_folder', 'LatentCache']
+           'encode_shards', 'build_cache', 'cache_folder', 'LatentCache', 'check_cache']
 
 # %% ../nbs/01e_cache.ipynb #b5b43526
-import copy, hashlib, json, os, shutil
+import copy, hashlib, json, os, platform, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,7 @@ def save_shard(path,    # of the file
                tensors, # {name: tensor}
                about):  # what it is, JSON
     "Write a shard, whole or not at all. Raises OSError that names it."
-    path = Path(path); tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp"); note = json.dumps(dict(about, sha256=_digest(tensors, about)), sort_keys=True)
+    path = Path(path); tmp = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp"); note = json.dumps(dict(about, sha256=_digest(tensors, about)), sort_keys=True)
     try: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, dict(about=note)); os.replace(tmp, path)   # one key: safetensors writes several in any order
     except (OSError, SafetensorError) as e: raise OSError(f"cache shard {path} cannot be written ({e}): make room, or name another cache_dir") from None
     finally: tmp.unlink(missing_ok=True)
@@ -133,6 +133,20 @@ def encode_shards(dataset,   # `PersonDataset`
             moments.append(_numbers(lambda: base.moments(x), dtype, base, ids).unflatten(0, (-1, 2))); text.append(_numbers(lambda: base.embed([t for i in r for t in dataset.rows[i]["captions"]]), dtype, base, ids))
         yield a, dict(moments=torch.cat(moments), text=torch.cat(text), empty=_numbers(lambda: base.embed([""]), dtype, base, [])[0])
 
+# %% ../nbs/01e_cache.ipynb #40c8cd21
+def _alive(pid):
+    "Does a process of this machine have this number?"
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: return True   # it is somebody else's
+    return True
+
+def _sweep(path): # of a shard
+    "Remove what killed passes left half written. A pass that still runs keeps its file, and so does one on another machine, of which nothing is known here."
+    for p in path.parent.glob(f".{path.name}.{platform.node()}.*.tmp"):
+        pid = p.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)): p.unlink(missing_ok=True)
+
 # %% ../nbs/01e_cache.ipynb #ee23eedd
 def _room(folder, abouts, base):
     "Raise OSError if what is to be made does not fit on the disk."
@@ -156,7 +170,7 @@ def build_cache(dataset, # `PersonDataset`
     def look(k): a = describe_shard(dataset, settings, k); return a, stale(path(k), a)
     with ThreadPoolExecutor(4) as pool: todo = [(a, why) for a, why in pool.map(look, range(i, -(-len(dataset)//rows), n)) if why]
     for a, why in todo:
-        for p in folder.glob(f".{a['shard']:05d}.*.tmp"): p.unlink(missing_ok=True)   # of a pass that was killed
+        _sweep(path(a["shard"]))
         if why != "is missing": say(f"cache shard {path(a['shard'])} {why}; it is made again")
     if todo: _room(folder, [a for a, _ in todo], base)
     for a, tensors in encode_shards(dataset, base, [a for a, _ in todo], workers) if todo else (): save_shard(path(a["shard"]), tensors, a)
@@ -175,11 +189,11 @@ def cache_folder(cache_dir, # where caches are kept
 class LatentCache:
     "A finished cache; `PersonDataset(..., cache=LatentCache(folder))` reads from it."
     def __init__(self, folder): # from `build_cache`. Raises ValueError or FileNotFoundError if a shard is not there
-        self.folder, self._files = Path(folder), {}; self.settings = read_about(self._path(0))["settings"]; self.rows, self._first = self.settings["rows"], []
+        self.folder, self._files = Path(folder), {}; self.settings = read_about(self._path(0))["settings"]; self.rows, self._first, self._pictures, self.hashes = self.settings["rows"], [], [], []
         for k in range(-(-self.settings["pictures"]//self.rows)):
             a = read_about(self._path(k)); counts = [p[3] for p in a["pictures"]]
             if a["settings"] != self.settings or a["shard"] != k: raise ValueError(f"cache shard {self._path(k)} does not belong to {self._path(0)}: build_cache makes it again")
-            self._first.append([sum(counts[:i]) for i in range(len(counts))])
+            self._first.append([sum(counts[:i]) for i in range(len(counts))]); self._pictures += [(p[0], p[3]) for p in a["pictures"]]; self.hashes.append(a.get("sha256"))
 
     def _path(self, k): return self.folder/f"{k:05d}.safetensors"
     def __len__(self): return self.settings["pictures"]
@@ -193,5 +207,24 @@ class LatentCache:
         "dict(moments (8,h,w), text (77,D)) of one sample."
         s, j = divmod(i, self.rows); return dict(moments=self._tensor(s, "moments")[j, int(flip)], text=self._tensor(s, "text")[self._first[s][j] + k])
 
+    def unfit(self, dataset): # `PersonDataset`
+        "None, or why its samples cannot come from here. What the headers say is looked at; `check_cache` reads every number."
+        off = [f"{k} is {self.settings[k]!r}, asked for is {v!r}" for k, v in dict(size=dataset.size, crop=dataset.crop, pictures=len(dataset)).items() if self.settings[k] != v]
+        if off: return f"cache {self.folder} is of another kind: {', '.join(off)}"
+        same = self._pictures == [(r["image_id"], len(r["captions"])) for r in dataset.rows]
+        return None if same else f"cache {self.folder} is of other pictures or captions"
+
     @property
     def empty(self): return self._tensor(0, "empty")[:] # (77,D) embedding of the empty caption
+
+# %% ../nbs/01e_cache.ipynb #a0242089
+def check_cache(dataset, # `PersonDataset`
+                base,    # `Base`, whose weights must be those that encoded
+                folder,  # from `build_cache`
+                mixed_precision="no", # "no" or "bf16"
+               ): # `LatentCache`
+    "Open a cache whose every shard is whole, and of these pictures, captions and weights. Raises ValueError or OSError that names the shard and says why not."
+    cache = LatentCache(folder); settings = cache_settings(dataset, base, mixed_precision, cache.rows); last = -(-max(len(cache), len(dataset))//cache.rows)
+    for k in range(last):
+        if why := stale(cache._path(k), describe_shard(dataset, settings, k)): raise ValueError(f"cache shard {cache._path(k)} {why}: build_cache (masked-ldm-data cache) makes it again")
+    return cache

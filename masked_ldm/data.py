@@ -68,14 +68,17 @@ def _rules(min_area, given): # fields of `Rule` and `FaceRule` by name
 # %% ../nbs/01_data.ipynb #42aca3f7
 def _write_manifest(rows, out, info):
     "metadata.jsonl and manifest.json, each whole."
-    whole, content = hashlib.sha256(), hashlib.sha256(b"["); out.mkdir(parents=True, exist_ok=True)
-    with open(out/"metadata.jsonl.tmp", "wb") as f:
-        for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
-            rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
-            content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
-    content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
-    (out/"manifest.json.tmp").write_text(json.dumps(info, indent=1))
-    for name in ("metadata.jsonl", "manifest.json"): os.replace(out/(name+".tmp"), out/name)
+    whole, content = hashlib.sha256(), hashlib.sha256(b"["); out.mkdir(parents=True, exist_ok=True); tmp = lambda name: out/f".{name}.{os.getpid()}.tmp"
+    try:
+        with open(tmp("metadata.jsonl"), "wb") as f:
+            for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
+                rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
+                content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
+        content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
+        tmp("manifest.json").write_text(json.dumps(info, indent=1))
+        for name in ("metadata.jsonl", "manifest.json"): os.replace(tmp(name), out/name)
+    finally:
+        for name in ("metadata.jsonl", "manifest.json"): tmp(name).unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #35f2dd22
 MANIFEST_VERSION = 3
@@ -168,10 +171,19 @@ class PersonDataset(torch.utils.data.Dataset):
                  cache=None,      # `LatentCache` of these pictures: samples then bring their `moments` and `text`
                  crop="center"):  # square of the picture: "center", or "people" keeps faces
         if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
-        self.cache, self.rows, self.info = cache, *load_manifest(manifest)
-        self.folder, self.size, self.seed, self.flip, self.min_visible, self.crop = Path(manifest).parent, size, seed, flip, min_visible, crop
+        self.rows, self.info = load_manifest(manifest)
+        self.folder, self.size, self.seed, self.flip, self.min_visible, self.crop = Path(manifest).parent, size, seed, flip, min_visible, crop; self.cache = cache
 
     def __len__(self): return len(self.rows)
+
+    @property
+    def cache(self): return self._cache # `LatentCache` or None
+
+    @cache.setter
+    def cache(self, cache):
+        "Raises ValueError for a cache of another size, crop or list of pictures."
+        if wrong := None if cache is None else cache.unfit(self): raise ValueError(wrong)
+        self._cache = cache
 
     def __getitem__(self, key): # i, or (epoch, i) for an augmented sample
         "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."

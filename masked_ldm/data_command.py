@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from .config import TrainConfig, told
 from .data import PersonDataset, build_manifest, load_manifest
-from .cache import LatentCache, build_cache, cache_folder
+from .cache import build_cache, cache_folder, check_cache
 from .download import ANNOTATIONS_URL, COCO_SERVER, download_annotations, download_lock, download_pictures, fetch, tell_download
 from .face_pass import parse_shard
 from .faces import FaceRule, check_device
@@ -100,8 +100,9 @@ def run_cache(a): # parsed command line
 def run_shard(a): # parsed command line
     "Pack pictures and annotations, and with --cached their encodings, into tar files: OUT/train/, OUT/val/; after the last of many shards, run once with --index."
     c, sets = _run_settings(a); i, n = parse_shard(a.shard)
+    base = load_base(c.base, "cpu") if a.cached and not a.index else None   # whose encodings they must be
     for s, d in sets.items():
-        if a.cached: d.cache = LatentCache(cache_folder(c.cache_dir, d, c.base, c.mixed_precision))
+        if base: d.cache = check_cache(d, base, cache_folder(c.cache_dir, d, c.base, c.mixed_precision), c.mixed_precision)
         index = index_shards(Path(a.out)/s) if a.index else write_shards(d, Path(a.out)/s, a.pictures, (i, n))
         print(f"{s}: {index}" if index else f"{s}: share {i}/{n} is written to {Path(a.out)/s}; when all are, run it again with --index")
     return 0

@@ -1,5 +1,5 @@
 "The cache of latents and text: faults, processes, and a run that uses it."
-import json, os, resource, signal, subprocess, sys, time
+import json, os, platform, resource, signal, subprocess, sys, time
 import pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file
@@ -42,7 +42,7 @@ def test_killed_and_started_again(made, tmp_path):
     manifest, _ = made; folder = tmp_path/"c"; ref = build(manifest, tmp_path/"d"); assert not ref.wait()
     job = build(manifest, folder); end = time.time() + 120
     while not list(folder.glob("0*.safetensors")) and time.time() < end: time.sleep(.005)
-    job.send_signal(signal.SIGKILL); job.wait(); (folder/".00002.safetensors.123.tmp").write_bytes(b"half"); before = {p.name: p.stat().st_mtime_ns for p in folder.glob("0*.safetensors")}
+    job.send_signal(signal.SIGKILL); job.wait(); left = folder/f".00002.safetensors.{platform.node()}.{job.pid}.tmp"; left.write_bytes(b"half"); before = {p.name: p.stat().st_mtime_ns for p in folder.glob("0*.safetensors")}
     again = build(manifest, folder); said = again.communicate()[0]; assert again.returncode == 0 and "made again" not in said, said
     assert content(folder) == content(tmp_path/"d") and all((folder/n).stat().st_mtime_ns == t for n, t in before.items())
 
@@ -128,3 +128,70 @@ def test_mirrored_sample_is_the_mirrored_picture(crop, size):
     from masked_ldm.data import transform
     rng = np.random.default_rng(0); w, h = size; image = Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)); mask = np.zeros((1, h, w), np.uint8); mask[0, 5:40, 3:30] = 1
     a, b = (transform(image, mask, [[5., 6, 15, 20]], torch.zeros(1, 17, 3), 48, flip, crop=crop) for flip in (False, True)); assert torch.equal(a[0].flip(-1), b[0]) and torch.equal(a[1].flip(-1), b[1])
+
+def test_a_second_pass_leaves_the_first_alone(made, tmp_path):
+    "What a process that lives, or one of another machine, has half written stays; what a dead one left goes."
+    from masked_ldm.cache import build_cache
+    from masked_ldm.data import PersonDataset
+    from masked_ldm.models import load_base
+    gone = subprocess.Popen([sys.executable, "-c", ""]); gone.wait(); there = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    names = {w: tmp_path/f".00001.safetensors.{host}.{pid}.tmp" for w, host, pid in (("dead", platform.node(), gone.pid), ("alive", platform.node(), there.pid), ("elsewhere", "node7", gone.pid))}
+    try:
+        for p in names.values(): p.write_bytes(b"half")
+        build_cache(PersonDataset(made[0], 64), load_base(), tmp_path, rows=8)
+    finally: there.communicate(b"\n")
+    assert {w for w, p in names.items() if p.exists()} == {"alive", "elsewhere"}
+
+def test_cache_of_something_else_is_refused(made, tmp_path):
+    "Another size, crop, split, order, or number of captions: at the door, also when it is put in later."
+    from masked_ldm.cache import LatentCache
+    from masked_ldm.data import PersonDataset, build_manifest
+    manifest, cache = made[0], LatentCache(made[1])
+    for kw, said in ((dict(size=32), "size is 64, asked for is 32"), (dict(size=64, crop="people"), "crop is 'center', asked for is 'people'")):
+        with pytest.raises(ValueError, match=said): PersonDataset(manifest, cache=cache, **kw)
+        ds = PersonDataset(manifest, **kw)
+        with pytest.raises(ValueError, match=said): ds.cache = cache
+        assert ds.cache is None
+    val = build_manifest(manifest.parent.parent, "val", tmp_path/"val")
+    with pytest.raises(ValueError, match="pictures is 32, asked for is"): PersonDataset(val, 64, cache=cache)
+    ds = PersonDataset(manifest, 64); ds.rows = ds.rows[::-1]   # as many
+    with pytest.raises(ValueError, match="is of other pictures or captions"): ds.cache = cache
+    ds = PersonDataset(manifest, 64); ds.rows[3]["captions"] = ds.rows[3]["captions"][:-1]
+    with pytest.raises(ValueError, match="is of other pictures or captions"): ds.cache = cache
+    assert PersonDataset(manifest, 64, cache=cache)[3]["moments"] is not None
+
+def flip_a_byte(shard, ds, folder): b = shard.read_bytes(); shard.write_bytes(b[:-5] + bytes([b[-5] ^ 1]) + b[-4:])
+
+def another_picture(shard, ds, folder): p = ds.folder/ds.rows[9]["file_name"]; q = ds.folder/ds.rows[10]["file_name"]; p.write_bytes(q.read_bytes())
+
+def other_weights(shard, ds, folder):
+    "A base of the same name, trained a little further."
+    from safetensors.torch import save_file
+    p = next((folder/"tiny").glob("vae/*.safetensors")); w = load_file(p); w["encoder.conv_in.bias"] += 1e-3; save_file(w, p, dict(format="pt"))
+
+@pytest.mark.parametrize("hurt, said", [(flip_a_byte, "is corrupt"), (another_picture, "has other pictures or captions"), (other_weights, "is of another kind: vae was"), (lambda shard, *_: shard.unlink(), "is missing")], ids=["bit", "picture", "weights", "missing"])
+def test_shards_are_not_packed_from_a_cache_that_is_not_theirs(tmp_path, capsys, hurt, said):
+    "`masked-ldm-data shard --cached` holds the cache against pictures and weights before it packs it."
+    import shutil
+    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.data_command import main
+    from masked_ldm.models import BASES
+    from masked_ldm.people import write_world
+    shutil.copytree(BASES["tiny"], tmp_path/"tiny"); out = tmp_path/"people"; world = write_world(tmp_path/"world", 12, 4); build_manifest(world, "val", out/"val"); ds = PersonDataset(build_manifest(world, "train", out/"train"), 64)
+    how = [str(out), "--base", str(tmp_path/"tiny"), "--cache_dir", str(tmp_path/"cache")]; main(["cache", *how]); main(["shard", *how, "--cached", "--out", str(tmp_path/"good")]); assert (tmp_path/"good"/"train"/"index.json").exists()
+    shard, = (tmp_path/"cache").glob("*/00000.safetensors"); hurt(shard, ds, tmp_path); capsys.readouterr()
+    with pytest.raises(SystemExit) as e: main(["shard", *how, "--cached", "--out", str(tmp_path/"bad")])
+    assert said in str(e.value) and str(shard) in str(e.value) and "\n" not in str(e.value) and not list((tmp_path/"bad").rglob("*.tar"))
+    main(["cache", *how]); main(["shard", *how, "--cached", "--out", str(tmp_path/"bad")])   # what the sentence says helps
+
+def test_manifest_is_written_under_a_name_of_its_own(tmp_path, monkeypatch):
+    "Two builds at once do not write into each other's files, and one that breaks off leaves the old manifest and no rubbish."
+    from masked_ldm import data
+    from masked_ldm.people import write_world
+    world = write_world(tmp_path/"world", 8, 4); out = tmp_path/"out"; names, real = [], os.replace
+    monkeypatch.setattr(data.os, "replace", lambda a, b: names.append(Path(a).name) or real(a, b)); manifest = data.build_manifest(world, "train", out, faces="none"); old = content(out)
+    assert set(old) == {"metadata.jsonl", "manifest.json"} and len(names) == 2 and all(str(os.getpid()) in n for n in names)
+    def full(a, b): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data.os, "replace", full)
+    with pytest.raises(OSError, match="No space"): data.build_manifest(world, "train", out, faces="keypoints")
+    assert content(out) == old and len(data.PersonDataset(manifest, 64)) > 0

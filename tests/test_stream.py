@@ -130,3 +130,77 @@ def test_photographs_through_cache_and_shards(tmp_path):
         a, b = got[r["image_id"]], ds[(2, i)]; assert a["caption"] == b["caption"] and all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k])); assert torch.allclose(a["moments"], base.moments(a["pixels"][None])[0], atol=1e-4)
     (tmp_path/"shards"/"00000.tar").unlink()
     with pytest.raises(ValueError, match="crop 'people'; asked for are 64 px, crop 'center'"): StreamDataset(tmp_path/"shards", 64)
+
+@pytest.mark.parametrize("name", ["pipe:touch RAN", "pipe:touch RAN #.tar", "../00000.tar", "/etc/hostname", "http://elsewhere/00000.tar", "file:///etc/hostname", "00000.tar\n", "", None, 3])
+@pytest.mark.parametrize("by", ["path", "server"])
+def test_index_that_names_something_else(data, server, tmp_path, name, by):
+    "An index from elsewhere can make a reader run no command and read no other file or server; it is refused before anything it names is opened."
+    from masked_ldm.stream import StreamDataset
+    url, asked, faults = server; index = json.loads((data[1]/"index.json").read_text()); index["shards"][0]["name"] = name.replace("RAN", str(tmp_path/"ran")) if isinstance(name, str) else name; body = json.dumps(index).encode()
+    def hand_out(h): h.send_response(200); h.send_header("Content-Length", str(len(body))); h.end_headers(); h.wfile.write(body); return True
+    faults["/index.json"] = hand_out; (tmp_path/"index.json").write_bytes(body)
+    with pytest.raises(ValueError, match="names a shard"): list(StreamDataset(tmp_path if by == "path" else f"{url}/index.json", 64))
+    assert not (tmp_path/"ran").exists() and set(asked) <= {"/index.json"}
+
+@pytest.mark.parametrize("where", ["pipe:touch RAN", "PIPE:touch RAN; cat http://x/index.json", "s3://bucket/index.json", "file:///index.json"])
+def test_no_command_and_no_other_protocol(data, tmp_path, where):
+    from masked_ldm.stream import fetch, read_shard
+    where = where.replace("RAN", str(tmp_path/"ran")); entry = json.loads((data[1]/"index.json").read_text())["shards"][0]
+    for f in (lambda: fetch(where, "index"), lambda: read_shard(where, dict(entry, name=where))):
+        with pytest.raises(OSError, match="cannot be read: (only paths, http|there is no such file)"): f()
+    assert not (tmp_path/"ran").exists()
+
+def content(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+@pytest.mark.parametrize("before", [3, 20])
+def test_folder_that_held_another_set(data, tmp_path, before):
+    "More shards before, or fewer: the folder is turned into the new set and nothing of the old one stays."
+    from masked_ldm.stream import write_shards
+    ds, shards = data; write_shards(ds, tmp_path, before); write_shards(ds, tmp_path, 6); assert content(tmp_path) == content(shards)
+
+def test_index_ignores_what_was_there_before(data, tmp_path):
+    "Also where a job of another set left shards beyond the last."
+    import shutil
+    from masked_ldm.stream import index_shards, write_shards
+    ds, shards = data; write_shards(ds, tmp_path/"old", 3); shutil.copytree(shards, tmp_path/"new"); n = len(list(shards.glob("*.tar")))
+    for p in (tmp_path/"old").iterdir():
+        if p.stem.isdigit() and int(p.stem) >= n: shutil.copy(p, tmp_path/"new")
+    (tmp_path/"new"/"index.json").unlink(); assert index_shards(tmp_path/"new").read_bytes() == (shards/"index.json").read_bytes()
+
+def test_broken_off_and_gone_on_with(data, tmp_path, monkeypatch):
+    "An index never speaks of shards that are being written anew; what is whole is not written twice; a picture that was replaced is."
+    import shutil
+    from masked_ldm import stream
+    from masked_ldm.data import PersonDataset
+    shards, root = data[1], tmp_path/"world"; shutil.copytree(data[0].folder, root); ds = PersonDataset(root/"metadata.jsonl", 64); out = tmp_path/"s"; stream.write_shards(ds, out, 20); packed, real = [], stream.tar_sample
+    def stops(d, i):
+        if i == 14: raise KeyboardInterrupt
+        packed.append(i); return real(d, i)
+    monkeypatch.setattr(stream, "tar_sample", stops)
+    with pytest.raises(KeyboardInterrupt): stream.write_shards(ds, out, 6)
+    assert not (out/"index.json").exists()
+    with pytest.raises(OSError, match="there is no such file"): stream.StreamDataset(out, 64)
+    packed.clear(); monkeypatch.setattr(stream, "tar_sample", lambda d, i: packed.append(i) or real(d, i)); stream.write_shards(ds, out, 6); whole = content(shards)
+    counts = [s["pictures"] for s in json.loads(whole["index.json"])["shards"]]; assert packed == list(range(sum(counts[:2]), len(ds))) and content(out) == whole
+    packed.clear(); stream.write_shards(ds, out, 6); assert not packed and content(out) == whole
+    a, b = (root/ds.rows[i]["file_name"] for i in (0, 39)); shutil.copy(b, a); stream.write_shards(ds, out, 6); assert packed == list(range(counts[0]))
+    (out/"00004.tar").write_bytes(b"half"); packed.clear(); stream.write_shards(ds, out, 6); assert len(packed) == counts[4] and {s["image_id"] for s in stream.StreamDataset(out, 64)} == {r["image_id"] for r in ds.rows}
+
+@pytest.mark.parametrize("format, kind", [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")])
+def test_links_to_names_without_an_extension(tmp_path, format, kind):
+    "As in a folder of Hugging Face's cache: what a picture is, its bytes say."
+    from PIL import Image
+    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.people import write_world
+    from masked_ldm.stream import StreamDataset, read_index, read_shard, write_shards
+    root = write_world(tmp_path/"world", 8, 4); (tmp_path/"blobs").mkdir()
+    for p in (root/"train2017").glob("*.png"):
+        blob = tmp_path/"blobs"/p.stem; Image.open(p).convert("RGB").save(blob, format); p.unlink(); p.symlink_to(blob)
+    ds = PersonDataset(build_manifest(root, "train", faces="none"), 64); write_shards(ds, tmp_path/"s", 3); base, index = read_index(tmp_path/"s")
+    assert all(kind in parts for e in index["shards"] for parts in read_shard(base, e))
+    for a, i in zip(StreamDataset(tmp_path/"s", 64, epoch=None), range(len(ds))): assert torch.equal(a["pixels"], ds[i]["pixels"])
+
+def test_set_that_does_not_fill_a_batch(data):
+    from masked_ldm.stream import StreamDataset
+    d = StreamDataset(data[1], 64, node=(0, 2)); assert d.steps(20) == 1
+    with pytest.raises(ValueError, match=r"40 pictures shared by 2 node\(s\) of 3 worker\(s\) do not fill a batch of 8 each"): d.steps(8, 3)
