@@ -298,10 +298,19 @@ def go_on(self:Trainer):
 
 # %% ../nbs/05_train.ipynb #5f780c50
 @patch
+def _line(self:Trainer, log, row):
+    "A line of metrics.jsonl. Raises OSError that names it, once the state is saved if that can be done."
+    try: log.write(json.dumps(row)+"\n"); log.flush()
+    except OSError as e:
+        try: kept = f"the state is saved in {self.checkpoint()}"
+        except OSError: kept = "the state could not be saved either; earlier checkpoints are untouched"
+        raise OSError(f"{self.path/'metrics.jsonl'} cannot be written ({e.strerror or e}); {kept}") from None
+
+@patch
 def _log(self:Trainer, log, rows, bar): # open metrics.jsonl, `step`'s results since the last line, progress bar
     "One line of metrics.jsonl, and the same for the tracker."
     row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, images_per_second=round(self.config.batch_size*self.config.log_steps/(time.perf_counter()-self.clock), 3), **summarise(rows)); self.history.append(row); self.clock = time.perf_counter()
-    if self.acc.is_main_process: log.write(json.dumps(row)+"\n"); log.flush(); bar.set_postfix(loss=row["loss"])
+    if self.acc.is_main_process: self._line(log, row); bar.set_postfix(loss=row["loss"])
     self.may_fail(self.config.report_to, self.acc.log, {**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second") if row[k] is not None},
                   **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"}}, step=self.step_done)
 
@@ -309,7 +318,7 @@ def _log(self:Trainer, log, rows, bar): # open metrics.jsonl, `step`'s results s
 def validate(self:Trainer, log): # open metrics.jsonl
     "Judge now; a best so far keeps its checkpoint."
     by = {k: next(iter(v.values()))["change"] for k, v in self.judge()["one_step"].items()}; seen = [by[k] for k in ("person", "face") if by[k] is not None]
-    row = dict(step=self.step_done, validation=dict(score=round(sum(seen)/max(1, len(seen)), 6), **{k: v and round(v, 6) for k, v in by.items()})); self.history.append(row); log.write(json.dumps(row)+"\n"); log.flush()
+    row = dict(step=self.step_done, validation=dict(score=round(sum(seen)/max(1, len(seen)), 6), **{k: v and round(v, 6) for k, v in by.items()})); self.history.append(row); self._line(log, row)
     self.may_fail(self.config.report_to, self.acc.log, {f"validation/{k}": v for k, v in row["validation"].items() if v is not None}, step=self.step_done)
     if self.best is None or row["validation"]["score"] < self.best["score"]: self.best = row["validation"] | dict(step=self.step_done); self.checkpoint()
 

@@ -214,3 +214,16 @@ def test_a_dead_data_worker_is_said_in_one_sentence(whole, tmp_path):
     given, _ = whole; given = {**given, "out_dir": tmp_path/"run", "max_steps": 400, "sample_interval": 10**6, "dataloader_num_workers": 1}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
     children = [int(c) for c in open(f"/proc/{p.pid}/task/{p.pid}/children").read().split()]; assert children; os.kill(children[-1], signal.SIGKILL); text = p.communicate(timeout=120)[0]
     last = text.strip().splitlines()[-1]; assert p.returncode == 1 and last.startswith("masked-ldm-train: a data worker died") and "resume=latest" in last, text
+
+def test_a_full_disk_is_named_and_the_state_saved(tmp_path, quick, monkeypatch):
+    from masked_ldm import train as module
+    class Full:
+        def __init__(self, f): self.f, self.n = f, 0
+        def write(self, s):
+            self.n += 1
+            if self.n == 3: raise OSError(28, "No space left on device")
+            self.f.write(s)
+        def flush(self): self.f.flush()
+    loop = module.Trainer.loop; monkeypatch.setattr(module.Trainer, "loop", lambda self, log, grids: loop(self, Full(log), grids))
+    with pytest.raises(OSError, match="metrics.jsonl cannot be written .No space left on device.; the state is saved in .*step_000003"): module.train(module.TrainConfig.make(**{**quick, "val_pictures": 0, "checkpointing_steps": 100}))
+    assert (tmp_path/"run"/"checkpoints"/"step_000003").is_dir()
