@@ -376,12 +376,13 @@ def loop(self:Trainer, log, # open metrics.jsonl
                 if is_out_of_memory(e): self._no_memory(before, e)
                 raise
             if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)): self._log(log, rows, bar); recent = []
-            if self.acc.is_main_process and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
+            side, free = time.perf_counter(), self.acc.is_main_process and not asked   # whoever is asked to stop does not draw first
+            if free and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
                 grids += [g for g in [self.may_fail("the sample grid", self.grid)] if g]; last = next((r for r in reversed(self.history) if "ldm" in r), {})
                 self.acc.print(f"step {self.step_done}: " + ", ".join(f"{k} {last[k]:.4f}" for k in ("ldm", "lpips", "face") if last.get(k) is not None))
-            if c.validation_steps and self.step_done % c.validation_steps == 0 and self.acc.is_main_process: self.validate(log)
+            if c.validation_steps and self.step_done % c.validation_steps == 0 and free: self.validate(log)
             if (self.step_done % c.checkpointing_steps == 0 or self.step_done == c.max_steps) and self.acc.is_main_process: self.checkpoint()
-            self._stop_if(asked)
+            self.clock += time.perf_counter() - side; self._stop_if(asked)
 
 @patch
 def begin(self:Trainer):
