@@ -42,14 +42,17 @@ def held_out(config, # a run's config.json
              where,  # its data.json
              n,      # prompts
              n_ref): # pictures of the reference set
-    "`HeldOut` of a run: the built-in world, or the validation manifest. Raises ValueError for a world that the judges do not know."
+    "`HeldOut` of a run: the built-in world, or the validation manifest. Raises ValueError for a world that the judges do not know, or a run that does not say where its pictures are."
     if config.get("data_root") is None:
         if config.get("size", 64) != 64: raise ValueError(f"the judges of the built-in world see pictures of 64 pixels, this run draws {config['size']}")
         return _world(n, n_ref)
+    for name, at in (("val", where), ("train", where), ("size", config)):
+        if name not in at: raise ValueError(f"the run names no {name!r}: config.json and data.json of a run on photographs must come with it, from the computer that has them")
     val, train = (PersonDataset(where[s], config["size"], crop=config.get("crop", "center")) for s in ("val", "train")); n = min(n, len(val)); rows = [val[i] for i in range(n)]
-    rest = n + n_ref <= len(val); ref = [as_pil(val[n+i]["pixels"]) for i in range(n_ref)] if rest else [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
+    left = len(val) - n; rest = left >= min(n_ref, 100); m = min(n_ref, left)   # fewer pictures that nobody was trained on are better than many that the branch knows
+    ref = [as_pil(val[n+i]["pixels"]) for i in range(m)] if rest else [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
     want = [np.nan if (k := people_in_caption(r["caption"])) is None else k for r in rows]
-    said = "validation pictures that are no prompts" if rest else f"training pictures, since only {len(val)-n} validation pictures are no prompts"
+    said = "validation pictures that are no prompts" + (f", {m} instead of {n_ref}" if m < n_ref else "") if rest else f"training pictures, since only {len(val)-n} validation pictures are no prompts"
     return HeldOut([r["caption"] for r in rows], np.array(want, float), None, [as_pil(r["pixels"]) for r in rows], ref, said)
 
 # %% ../nbs/06_evaluate.ipynb #53a57124

@@ -125,7 +125,7 @@ def judge_runs(runs,  # {name: run folder}
     out, between, got, notes = {}, {}, {}, []
     for name, run in runs.items():
         try: cfg, on, metrics, _, after = _judge(run, n, levels, seed, device)
-        except (OSError, ValueError) as e: notes.append(f"no one-step metrics of {name}: {e}"); continue
+        except (OSError, ValueError, KeyError) as e: notes.append(f"no one-step metrics of {name}: {e if not isinstance(e, KeyError) else f'its record lacks {e}'}"); continue
         out[f"{name} minus base"] = metrics["one_step"]
         for other, (was, scores) in got.items():
             if was != on: notes.append(f"no one-step difference of {name} and {other}: they were held to other pictures or networks"); continue

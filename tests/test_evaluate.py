@@ -59,4 +59,5 @@ def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
     where, config = {s: str(build_manifest(world, s, tmp_path/s, .05, "annotation")) for s in ("train", "val")}, dict(data_root=str(world), size=64)
     few, many = held_out(config, where, 4, 3), held_out(config, where, 4, 40); assert len(few.prompts) == len(few.real) == 4 and len(few.reference) == 3 and len(many.reference) == 40
     assert few.reference_is == "validation pictures that are no prompts" and many.reference_is.startswith("training pictures, since only")
+    with pytest.raises(ValueError, match="names no 'val'"): held_out(config, {}, 4, 3)
     assert not {p.tobytes() for p in few.real} & {p.tobytes() for p in few.reference}

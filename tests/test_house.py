@@ -41,6 +41,15 @@ def test_reads_well(path):
     assert "it/s]" not in text, "a progress bar in an output"
     assert path.stat().st_size < 800_000
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_is_printed_is_shown(path):
+    "A merge may lose outputs: a cell that prints has one."
+    for c in cells(path):
+        if c.cell_type != "code" or c.source.startswith(("#| hide", "#| export", "#| eval: false", "#| default")): continue
+        try: body = ast.parse(c.source).body
+        except SyntaxError: continue
+        assert c.outputs or not any(isinstance(b, ast.Expr) and isinstance(b.value, ast.Call) and getattr(b.value.func, "id", "") == "print" for b in body), c.source[:200]
+
 def test_readme_is_the_index(): assert (ROOT/"README.md").read_text() == readme()
 
 def test_readme_links_exist():
