@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from scipy import ndimage
 from torch import nn
 from .as_it_goes import as_it_goes
-from .reach import reaches, run_windows, taps_of, windows
+from .reach import _hull, reaches, run_windows, taps_of, windows
 
 # %% ../nbs/03_masked_lpips.ipynb #5c5a2b1b
 def unit(f,         # (B,C,h,w) features
@@ -163,8 +163,7 @@ class _Job:
     def share(self): # of the work on the whole picture
         return sum((b-a)*(d-c)/(h*w) for (a, b), (c, d), h, w in zip(*self.key, self.sides(0), self.sides(1)))/len(self.reach)
     def __add__(self, o):
-        hull = lambda a, b: b if a is None else a if b is None else (min(a[0], b[0]), max(a[1], b[1]))
-        return _Job(self.image, [a+b for a, b in zip(self.weights, o.weights)], [[hull(*v) for v in zip(*w)] for w in zip(self.wanted, o.wanted)], self.reach, self.size)
+        return _Job(self.image, [a+b for a, b in zip(self.weights, o.weights)], [[_hull(*v) for v in zip(*w)] for w in zip(self.wanted, o.wanted)], self.reach, self.size)
 
 def _merge(jobs):
     "Join jobs of one image as long as that makes less work."

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .decode import by_parts, decode_around, shown
 from .face_loss import check_boxes, grow_boxes
-from .masked_lpips import check_mask, check_pictures_match
+from .masked_lpips import check_mask
 
 # %% ../nbs/04b_objective.ipynb #17e4fcfa
 def term_weights(low,       # (B,) how much of the perceptual terms a sample gets: bool, t < T, or a soft gate in [0,1]

@@ -1,5 +1,5 @@
 "The losses on real masks, and in the company of other code."
-import os, warnings
+import os
 import pytest, torch
 from masked_ldm.critics import random_tapnet
 from masked_ldm.masked_lpips import MaskedLPIPS
