@@ -112,7 +112,9 @@ class Trainer:
             self.train_set, self.val_set, self.manifests = load_data(c)
         self.keep_latents()
         branch = make_branch(self.base.unet, self.base.f)
-        if c.mixed_precision == "bf16": self.base.unet.to(torch.bfloat16); self.base.text_encoder.to(torch.bfloat16)  # frozen, and autocast would copy them every step
+        if c.mixed_precision == "bf16":   # frozen, and autocast would copy them every step
+            self.base.text_encoder.to(torch.bfloat16)
+            if self.acc.device.type != "cpu": self.base.unet.to(torch.bfloat16)   # on the CPU autocast gives float32 to norms, which want weights of their own kind
         set_up(c, dict(branch=branch, unet=self.base.unet, vae=self.base.vae))
         self.branch, self.opt = self.acc.prepare(branch, make_optimizer([p for p in branch.parameters() if p.requires_grad], c)); self.model = compiled(c, ControlledUNet(self.base.unet, self.branch))
         self.may_fail = Unimportant(self.acc.print)

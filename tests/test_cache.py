@@ -2,7 +2,7 @@
 import json, os, platform, resource, signal, subprocess, sys, time
 import pytest, torch
 from pathlib import Path
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from conftest import run, train_by_two
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,10 @@ def test_cached_run_is_the_run(tmp_path, quick):
     for on in (False, True):
         r = train(TrainConfig.make(**{**quick, "out_dir": str(tmp_path/str(on)), "max_steps": 3, "val_pictures": 0, "T": 400, "proportion_empty_prompts": .4, "cache_latents": on})); curves[on] = r.history
     for a, b in zip(*curves.values()): assert abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3*max(1, a["grad_norm"]), (a, b)
-    folder, = (tmp_path/"cache").glob("*-latents-*"); shard = folder/"00000.safetensors"; whole = shard.read_bytes(); shard.write_bytes(whole[:-8])
+    folder, = (tmp_path/"cache").glob("*-latents-*"); shard = folder/"00000.safetensors"; b = shard.read_bytes(); whole = load(b); shard.write_bytes(b[:-8])
     code, text = run(sys.executable, "-m", "masked_ldm.train", *(x for k, v in {**quick, "out_dir": tmp_path/"True", "max_steps": 4, "val_pictures": 0, "T": 400, "proportion_empty_prompts": .4, "cache_latents": "true", "resume": "latest"}.items() for x in (f"--{k}", v)), OMP_NUM_THREADS="1")
-    assert code == 0 and "00000.safetensors is not a whole shard; it is made again" in text and shard.read_bytes() == whole, text
+    assert code == 0 and "00000.safetensors is not a whole shard; it is made again" in text, text
+    again = load_file(shard); assert set(again) == set(whole); torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)  # one thread here, the machine's number above: sums in another order
 
 def test_two_processes_share_the_encoding(tmp_path, quick, monkeypatch):
     "Each makes its part, both read the whole; the curve is that of one process."

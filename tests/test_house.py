@@ -5,7 +5,7 @@ import nbformat, pytest
 from conftest import NOTEBOOKS, ROOT
 from readme import readme
 
-PAPERMILL = ["05_train", "06_evaluate", "11_tiny_base", "experiments/base_quality", "experiments/metrics_validation", "experiments/loss_cost", "experiments/benchmark", "experiments/data_scale", "experiments/kills", "experiments/cache_speed", "experiments/faces_found", "experiments/processes"]   # notebooks with parameters
+PAPERMILL = ["05_train", "06_evaluate", "11_tiny_base", "experiments/base_quality", "experiments/metrics_validation", "experiments/loss_cost", "experiments/benchmark", "experiments/data_scale", "experiments/kills", "experiments/cache_speed", "experiments/faces_found", "experiments/processes", "experiments/ablations", "experiments/report"]   # notebooks with parameters
 
 def cells(path): return nbformat.read(path, 4).cells
 
