@@ -20,9 +20,11 @@ test: setup
 docs: setup
 	@command -v quarto >/dev/null || { echo "The docs site needs Quarto (https://quarto.org/docs/get-started/); the notebooks in nbs/ read well without it."; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+	$(BIN)/python tests/readme.py   # nbdev_docs writes README.md in Quarto's way
 
 readme: setup
 	$(BIN)/python tests/readme.py
+	$(BIN)/python tests/api.py
 
 clean:
 	rm -rf runs _docs _proc build dist *.egg-info

@@ -15,6 +15,6 @@ def readme():
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```\w*\n\s*```\n", "", text)   # a cell that shows only its output
     text = re.sub(r"\]\(images/", "](nbs/images/", text)
-    return re.sub(r"\]\(([\w/]+\.ipynb)", r"](nbs/\1", text).strip() + "\n"
+    return re.sub(r"\]\(([\w/]+\.(?:ipynb|md))", r"](nbs/\1", text).strip() + "\n"
 
 if __name__ == "__main__": (ROOT/"README.md").write_text(readme())
