@@ -156,8 +156,8 @@ def _jupyter(args):
     for a in args[1:]: assert not a.startswith("--") or a[2:] in {**NbConvertApp.flags, **NbConvertApp.aliases}, a
 
 def _hf(args):
-    from huggingface_hub.cli.hf import app as at
-    while args and hasattr(at, "commands"): at = at.commands[args.pop(0)]   # a group and its command
+    from huggingface_hub.cli.hf import app
+    app([*args, "--help"], standalone_mode=False)   # raises for a command it does not know
 
 def _shell(program, args):
     if program == "git": assert args == ["clone", SETTINGS["git_url"]]
