@@ -14,8 +14,8 @@ train: setup
 	$(BIN)/papermill nbs/05_train.ipynb runs/tiny/out.ipynb -p T 100 --log-output
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 1
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 ablations: setup   # hours; goes on where it was stopped
 	@mkdir -p runs/ablations

@@ -15,7 +15,7 @@ from .compare import interval, worst
 from .critics import world_arrays
 from .data import PersonDataset
 from .distances import critic_features, inception, reference
-from .judges import compare, format_metrics, judge_of_faces, judge_of_people, judge_run, judge_runs, load_network
+from .judges import format_metrics, judge_runs, load_network
 from .pairs import distance_pairs, distance_table, measure_pairs
 from .people import VAL_ID, VAL_PEOPLE, captions, sample_scene
 from .people_metrics import PhotoReader, WorldReader, clip_score, cut, diversity, measures, people_in_caption

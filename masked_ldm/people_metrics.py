@@ -8,7 +8,6 @@ __all__ = ['BETTER', 'EXPECT', 'Seen', 'WorldReader', 'PhotoReader', 'people_in_
 
 # %% ../nbs/06b_people_metrics.ipynb #13e14766
 from dataclasses import dataclass
-from pathlib import Path
 import re
 import numpy as np, torch
 from fastcore.basics import patch

@@ -26,7 +26,7 @@ class Votes:
                          "a_was TEXT NOT NULL CHECK (a_was IN ('left', 'right')), at TEXT NOT NULL, PRIMARY KEY (voter, pair, question))"): self.db.execute(line)
             for name, value in dict(about=about, secret=secrets.token_hex(32), results_key=secrets.token_urlsafe(9)).items(): self.db.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, value))
         except sqlite3.Error as e: raise ValueError(f"votes file {path} cannot be used ({e})") from None
-        if (have := self.know("about")) != about: raise ValueError(f"votes file {path} belongs to another set of pictures: name another folder")
+        if self.know("about") != about: raise ValueError(f"votes file {path} belongs to another set of pictures: name another folder")
 
     def know(self, name): # "secret", "results_key", "about"
         "A value that belongs to the study."
