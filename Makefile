@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test docs readme clean
+.PHONY: setup train test ablations docs readme clean
 setup: .venv/installed
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,8 +14,13 @@ train: setup
 	$(BIN)/papermill nbs/05_train.ipynb runs/tiny/out.ipynb -p T 100 --log-output
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 1
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+ablations: setup   # hours; goes on where it was stopped
+	@mkdir -p runs/ablations
+	$(BIN)/papermill nbs/experiments/ablations.ipynb runs/ablations/out.ipynb -p arms all -r seeds "0 1 2" -p steps 400 -p n_one_step 64 -p n_drawn 128 -p sample_steps 20 -p reference 1000 -p folder runs/ablations -p out results/ablations
+	$(BIN)/papermill nbs/experiments/report.ipynb runs/ablations/report.ipynb -p out results/report.json
 
 docs: setup
 	@command -v quarto >/dev/null || { echo "The docs site needs Quarto (https://quarto.org/docs/get-started/); the notebooks in nbs/ read well without it."; exit 1; }

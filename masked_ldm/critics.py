@@ -22,7 +22,7 @@ from torch import nn
 from .draw import BOTTOMS, COLORS, EYES, HAIRS, HAIR_STYLES, HATS, JOINTS, KINDS, MOODS, PARTS, POSES, PROPS, SKINS, TOPS
 from .face_loss import crop_faces
 from .fit import Fit
-from .people import LIGHTS, PLACES, VAL_ID, VAL_PEOPLE, annotate, captions, render, sample_scene
+from .people import LIGHTS, PLACES, annotate, captions, render, sample_scene
 from .show import progress
 
 # %% ../nbs/10b_critics.ipynb #1d9cc17e

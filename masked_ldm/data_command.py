@@ -13,7 +13,7 @@ from pathlib import Path
 from .config import TrainConfig, told
 from .data import PersonDataset, build_manifest, load_manifest
 from .cache import build_cache, cache_folder, check_cache
-from .download import ANNOTATIONS_URL, COCO_SERVER, download_annotations, download_lock, download_pictures, fetch, tell_download
+from .download import ANNOTATIONS_URL, download_annotations, download_lock, download_pictures, fetch, tell_download
 from .face_pass import parse_shard
 from .faces import FaceRule, check_device
 from .flags import add_flags

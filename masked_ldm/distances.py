@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'as_uint8', 'clean_resize', 'Features', 'weights_hash', 'critic_features', 'inception', 'Moments',
-           'frechet', 'kid', 'frechet_draws', 'frechet_interval', 'frechet_swap', 'picture_hash', 'reference']
+           'frechet', 'kid', 'kid_values', 'frechet_draws', 'frechet_interval', 'frechet_swap', 'picture_hash',
+           'reference']
 
 # %% ../nbs/06a_distances.ipynb #a655e277
 import hashlib, json, os
@@ -143,6 +144,18 @@ def kid(a, b,        # (N,D), (M,D) features
     for _ in range(subsets):
         i = rng.choice(len(a), size, replace=False); j = rng.choice(np.setdiff1d(np.arange(len(b)), i), size, replace=False); v.append(poly_mmd(a[i], b[j]).item())
     return dict(mean=float(np.mean(v)), sd=float(np.std(v)), subset=size)
+
+# %% ../nbs/06a_distances.ipynb #4aa8068d
+def kid_values(a, b,      # (N,D), (M,D) features of a model, of the reference
+               who=None,  # (N,) prompt of each row; None: a row a prompt
+               n=None):   # prompts there are; None: up to the last in `who`
+    "(n,) pseudo-values of KID over all rows, one a prompt, NaN for a prompt without a row; their mean is KID, but for a remainder of order 1/n. Raises ValueError for fewer than 4 prompts."
+    x, y = (np.asarray(v, np.float64) for v in (a, b)); who = np.arange(len(x)) if who is None else np.asarray(who, int); names, g = np.unique(who, return_inverse=True); G, D = len(names), x.shape[1]
+    if G < 4 or len(y) < 4: raise ValueError(f"KID needs at least 4 pictures in each set, not {min(G, len(y))}")
+    k = lambda u, v: (u @ v.T/D + 1)**3; own, far = k(x, x), k(x, y).sum(1); np.fill_diagonal(own, 0); real = (k(y, y).sum() - (k(y, y).trace()))/(len(y)*(len(y)-1))
+    size = np.bincount(g); inside = np.array([own[np.ix_(r, r)].sum() for r in (np.flatnonzero(g == j) for j in range(G))]); rows, cross = np.bincount(g, own.sum(1)), np.bincount(g, far)
+    value = lambda s, c, m: s/(m*(m-1)) + real - 2*c/(m*len(y)); whole = value(own.sum(), far.sum(), len(x)); left = value(own.sum() - 2*rows + inside, far.sum() - cross, len(x) - size)
+    out = np.full(n or 1 + who.max(), np.nan); out[names] = G*whole - (G-1)*left; return out
 
 # %% ../nbs/06a_distances.ipynb #935f9c1f
 def _frame(sets, ref, who): # ([features], [the same in the frame of the reference], [rows of each prompt], number of prompts)

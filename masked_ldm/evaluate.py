@@ -6,7 +6,7 @@
 __all__ = ['PROTOCOLS', 'REFERENCE', 'HeldOut', 'held_out', 'Judges', 'evaluate', 'failures', 'format_one_step', 'main']
 
 # %% ../nbs/06_evaluate.ipynb #f3635153
-import argparse, json, time
+import argparse, json
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -15,7 +15,7 @@ from .compare import interval, worst
 from .critics import world_arrays
 from .data import PersonDataset
 from .distances import critic_features, inception, reference
-from .judges import compare, format_metrics, judge_of_faces, judge_of_people, judge_run, judge_runs, load_network
+from .judges import format_metrics, judge_runs, load_network
 from .pairs import distance_pairs, distance_table, measure_pairs
 from .people import VAL_ID, VAL_PEOPLE, captions, sample_scene
 from .people_metrics import PhotoReader, WorldReader, clip_score, cut, diversity, measures, people_in_caption
@@ -105,7 +105,7 @@ def evaluate(runs,                # run folders or Hub ids that share a base
              models=None, config=None, where=None, # instead of `runs`: pipelines ("base" among them), a config.json and a data.json
             ): # dict, also written to evaluation.json
     "Draw, judge and compare; writes set.json and pictures (for the study), evaluation.json, grid.png and failures.png. Raises ValueError or FileNotFoundError with what is wrong."
-    _check(protocol, n, n_ref); began, device, out = time.time(), device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(out or f"runs/eval-{protocol}")
+    _check(protocol, n, n_ref); device, out = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(out or f"runs/eval-{protocol}")
     given = dict(protocol=protocol, n=n, reference=n_ref, seed=seed, inception=weights); configs = {"base": None}
     if models is None:
         models, folders = load_models(runs, device=device), [find_run(r) for r in runs]; config, where = (_json(folders[0]/f) for f in ("config.json", "data.json"))
@@ -115,8 +115,8 @@ def evaluate(runs,                # run folders or Hub ids that share a base
     pictures = dict(real=data.real) | {k: [Image.open(f).convert("RGB") for f in v] for k, v in files.items()}; judged = {k: judges(v, data) for k, v in pictures.items()}
     report = dict(what="pictures of held-out prompts, judged", command=command(runs, **given) if runs else None, runs={k: run_settings(c) for k, c in configs.items() if c}, weights=_json(out/"set.json")["models"])
     report |= dict(protocol=protocol, n=len(data.prompts), seed=seed, settings=p) | _numbers(judged, judges, data, out) | dict(paper_rows={k: paper_row(c) for k, c in configs.items()})
-    one_step, notes = judge_runs(dict(zip(list(models)[1:], folders)), min(n, 64), device=device) if runs else ({}, [])
-    report |= dict(one_step=one_step, notes=judges.notes + notes, seconds=round(time.time()-began), provenance=provenance(device))
+    how = dict(n=min(n, 64), levels=(20, 60, 100, 200, 400), seed=seed + 1); one_step, notes = judge_runs(dict(zip(list(models)[1:], folders)), device=device, **how) if runs else ({}, [])
+    report |= dict(one_step=one_step, one_step_settings=how, notes=judges.notes + notes, provenance=provenance(device))
     (out/"evaluation.json").write_text(json.dumps(report, indent=1)); compare_grid(models, PROMPTS, seed, **p).save(out/"grid.png"); failures(pictures, judged, data.prompts)[0].save(out/"failures.png")
     return report
 
@@ -165,10 +165,10 @@ def main(argv=None): # command line; None: sys.argv
     ap.add_argument("runs", nargs="+", help="run folders or Hub ids of one base, the baseline first")
     ap.add_argument("--protocol", choices=list(PROTOCOLS), default="quick", help="; ".join(f"{k}: {v['n']} prompts, {v['scheduler']} {v['steps']} steps" for k, v in PROTOCOLS.items()))
     ap.add_argument("--n", type=int, help="prompts, if not the protocol's"); ap.add_argument("--reference", type=int, default=2000, help="pictures of the reference set")
-    ap.add_argument("--out", help="folder; runs/eval-PROTOCOL if not given"); ap.add_argument("--seed", type=int, default=0, help="of the noise")
+    ap.add_argument("--out", help="folder; runs/eval-PROTOCOL if not given"); ap.add_argument("--seed", type=int, default=0, help="of the noise of drawn pictures; the one-step judges take the next")
     ap.add_argument("--inception", help="file with FID's Inception weights"); a = ap.parse_args(argv); out = Path(a.out or f"runs/eval-{a.protocol}")
     try: r = evaluate(a.runs, a.protocol, a.n, a.reference, out, a.seed, a.inception)
     except (OSError, ValueError) as e: raise SystemExit(f"masked-ldm-eval: {e}")
     print(format_report(r)); print(); print(table1(r)); print(); print(format_one_step(r["one_step"]))
     print(f"\ntable: {out/'evaluation.json'}\ngrid of the paper's prompts: {out/'grid.png'}\nfailures, picked by number: {out/'failures.png'}")
-    print(f"{r['n']*(len(r['models'])-1)*(len(r['models'])-2)//2} pairs for a blind vote: masked-ldm-study {out}")
+    print(f"{r['n']*(len(r['models'])-1)*(len(r['models'])-2)//2} pairs for a blind vote: masked-ldm-study {out} --n {r['n']}")

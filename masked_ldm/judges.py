@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from .compare import paired
+from .compare import holm, paired
 from .critics import Critic, FaceNet
 from .data import PersonDataset, collate
 from .face_loss import FaceLoss
@@ -71,7 +71,9 @@ def one_step_scores(base,     # `Base`
 def _apart(before, after, below): # `Scores` of two models, first timestep that is not low, or None
     cuts = {"all t": np.ones(len(before.levels), bool)}
     if below is not None and (low := np.asarray(before.levels) < below).any(): cuts = {f"t<{below}": low, **cuts}
-    return {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]) for name, cut in cuts.items()} for k in ("person", "face", "noise")}
+    out = {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]) for name, cut in cuts.items()} for k in ("person", "face", "noise")}; rows = [m for by in out.values() for m in by.values()]
+    for m, p in zip(rows, holm([m["p"] for m in rows])): m["p_holm"] = p
+    return out
 
 def compare(base,        # `Base`
             unet,        # `ControlledUNet` to compare with the base's own
@@ -87,11 +89,11 @@ def compare(base,        # `Base`
 
 # %% ../nbs/06d_one_step_judges.ipynb #447b3e9b
 def format_metrics(metrics): # as `compare` returns them
-    "The paired table as text."
-    rows = [f"{'':18s}{'base':>9s}{'model':>9s}{'change':>9s}   95% interval        N"]
+    "The paired table as text; a star where Holm's corrected p is below 5%."
+    rows = [f"{'':18s}{'base':>9s}{'model':>9s}{'change':>9s}   {'95% interval':20s}{'Holm':>6s}{'N':>6s}"]; p = lambda m: "     -" if m.get("p_holm") is None else f"{m['p_holm']:6.3f}"
     for k, by in metrics["one_step"].items():
         for level, m in by.items():
-            rows.append(f"{k:8s} {level:9s}" + (f"{m['base']:9.4f}{m['model']:9.4f}{100*m['change']:+8.1f}%   [{100*m['low']:+.1f}%, {100*m['high']:+.1f}%]".ljust(50) + f"{m['n']:4d}" if m["change"] is not None else "  nothing to score"))
+            rows.append(f"{k:8s} {level:9s}" + (f"{m['base']:9.4f}{m['model']:9.4f}{100*m['change']:+8.2f}%   {'[%+.2f%%, %+.2f%%]' % (100*m['low'], 100*m['high']):20s}{p(m)}{'*' if (m.get('p_holm') or 1) < .05 else ' '}{m['n']:5d}" if m["change"] is not None else "  nothing to score"))
     return "\n".join(rows)
 
 # %% ../nbs/06d_one_step_judges.ipynb #a330ebf2

@@ -8,7 +8,6 @@ __all__ = ['BETTER', 'EXPECT', 'Seen', 'WorldReader', 'PhotoReader', 'people_in_
 
 # %% ../nbs/06b_people_metrics.ipynb #13e14766
 from dataclasses import dataclass
-from pathlib import Path
 import re
 import numpy as np, torch
 from fastcore.basics import patch
@@ -167,8 +166,9 @@ def identity(net,      # face network with `embed`, not one that trained; `Incep
 
 # %% ../nbs/06b_people_metrics.ipynb #c04d9d60
 def diversity(features): # (N,D) of one model's pictures
-    "(N,) mean distance to the other pictures, per root dimension."
-    f = torch.as_tensor(np.asarray(features)).double(); return (torch.cdist(f, f).sum(1)/max(1, len(f)-1)/f.shape[1]**.5).numpy()
+    "(N,) pseudo-values of the mean distance between two pictures, per root dimension: their mean is that distance, their spread is its uncertainty."
+    f = torch.as_tensor(np.asarray(features)).double(); n = len(f); d = torch.cdist(f, f).sum(1)/max(1, n-1)/f.shape[1]**.5; u = d.mean()
+    return (n*u - (n-1)*(n*u - 2*d)/(n-2) if n > 2 else d).numpy()
 
 # %% ../nbs/06b_people_metrics.ipynb #5d0afafe
 @torch.no_grad()

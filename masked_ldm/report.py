@@ -55,12 +55,19 @@ def paper_row(config): # a run's config.json, or None for the base
     if not config["T"] or not (config["lambda1"] or config["lambda2"]): return "baseline ControlNet"
     return f"Masked LDM, T={config['T']}" if f"Masked LDM, T={config['T']}" in PAPER else None
 
+def _otherwise(row, config): # what a run of the row does that the paper's did not
+    if not config or not str(row).startswith("Masked"): return ""
+    weights = "" if (config["lambda1"], config["lambda2"]) == (.1, .5) else f"lambda1 {config['lambda1']:g}, lambda2 {config['lambda2']:g}"
+    return ", ".join(s for s in (weights, "" if config.get("variant", "paper") == "paper" else config["variant"]) if s)
+
 def table1(r): # from `evaluate`
     "Table 1 of the paper beside this evaluation; numbers of different features are not comparable, and the head says which they are."
-    whole = r["distances"].get("whole", {}); ours = {row: k for k, row in r["paper_rows"].items() if row and k in whole}
-    say = lambda d: f"{d['distance']:12.2f}   {'[%.2f, %.2f]' % (d['low'], d['high']):22s}{d['n']:6d}"
+    whole, runs = r["distances"].get("whole", {}), r.get("runs", {}); say = lambda d: f"{d['distance']:12.2f}   {'[%.2f, %.2f]' % (d['low'], d['high']):22s}{d['n']:6d}"
     out = [f"{'':22s}{'paper, FID':>11s}{'here':>12s}   {'95% interval':22s}{'N':>6s}   here: {r['judge']}"]
-    out += [f"{row:22s}{fid:11.2f}" + (f"{say(whole[ours[row]])}   {ours[row]}" if row in ours else f"{'-':>12s}") for row, fid in PAPER.items()]
+    for row, fid in PAPER.items():
+        mine = [k for k, of in r["paper_rows"].items() if of == row and k in whole]
+        for j, k in enumerate(mine): out.append((f"{row:22s}{fid:11.2f}" if not j else " "*33) + say(whole[k]) + f"   {k}" + (f" ({o})" if (o := _otherwise(row, runs.get(k))) else ""))
+        if not mine: out.append(f"{row:22s}{fid:11.2f}{'-':>12s}")
     return "\n".join(out + ([f"{'real pictures (floor)':22s}{'-':>11s}{say(whole['real'])}"] if "real" in whole else []))
 
 # %% ../nbs/06e_report.ipynb #f82261e8
@@ -81,7 +88,7 @@ def _pairs(r): # paired differences
             out.append(f"{_mark(m):18s}{d['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (d['difference_low'], d['difference_high']):22s}{_p(d['p'])}  {_p(d['p_holm'])}{'*' if d['p_holm'] < .05 else ' '}"
                        f"{'%9.3f' % d['detectable'] if d['detectable'] else '        -'}{d['n']:6d}")
         for region, pairs in r["distance_pairs"].items():
-            if d := pairs.get(pair): out.append(f"{'distance, '+region:18s}{d['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (d['low'], d['high']):22s}{_p(d['p'])}")
+            if d := pairs.get(pair): out += [f"{name+region:18s}{v['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (v[a], v[b]):22s}{_p(v['p'])}" for name, v, a, b in (("Fréchet, ", d, "low", "high"), ("KID, ", d["kid"], "difference_low", "difference_high")) if v["difference"] is not None]
     return out
 
 # %% ../nbs/06e_report.ipynb #884b7461
@@ -89,11 +96,11 @@ def _distances(r): # a block a region
     out = []
     for region, by in r["distances"].items():
         ref = r["reference"].get(region); out += ["", f"{region}: {r['judge']}" + (f", reference of {ref['n']} pictures {ref['pictures'][:8]}" if ref else "")]
-        out += [f"  {k+(' (floor)' if k == 'real' else ''):20s}{d['distance']:10.3f}   {'[%.3f, %.3f]' % (d['low'], d['high']):22s}KID {d['kid']:8.3f} ± {d['kid_sd']:.3f}   N {d['n']}" for k, d in by.items()]
+        out += [f"  {k+(' (floor)' if k == 'real' else ''):20s}{d['distance']:10.3f}   {'[%.3f, %.3f]' % (d['low'], d['high']):22s}KID {d['kid']:8.3f} {'[%.3f, %.3f]' % (d['kid_low'], d['kid_high']):18s}N {d['n']}" for k, d in by.items()]
     return out
 
 def format_report(r): # from `evaluate`
     "The tables as text."
     s = r["settings"]; head = [f"{r['n']} held-out prompts, {s['scheduler']} {s['steps']} steps, guidance {s['guidance']:g}, seed {r['seed']}; reference: {r['reference_is']}"]
-    foot = ["", "judged by: " + "; ".join(f"{k}: {v}" for k, v in r["judges"].items()), f"resize before distances: {r['resize']}"] + [f"not available: {s}" for s in r["notes"]]
+    foot = ["", "Intervals and p are over prompts. Each model is one training run: another seed of training is not in them.", "judged by: " + "; ".join(f"{k}: {v}" for k, v in r["judges"].items()), f"resize before distances: {r['resize']}"] + [f"not available: {s}" for s in r["notes"]]
     return "\n".join(head + _means(r) + _pairs(r) + _distances(r) + foot)

@@ -10,7 +10,6 @@ __all__ = ['SPACE', 'SCHEDULERS', 'PROMPTS', 'find_run', 'MaskedLDMPipeline', 's
 import argparse, base64, hashlib, html, io, json, os
 from pathlib import Path
 import torch
-from PIL import Image
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
 from fastcore.basics import patch
 from .models import BASES, ControlledUNet, load_base, load_branch

@@ -41,6 +41,7 @@ class Study:
     def __init__(self, folder,          # with set.json and pictures, from `picture_set`
                  questions=("overall",),  # keys of `QUESTIONS`, in this order
                  n=None):        # ask about the first n prompts only; None: all
+        if n is not None and n < 1: raise ValueError(f"n must be 1 prompt or more, not {n}")
         if wrong := [q for q in questions if q not in QUESTIONS]: raise ValueError(f"question {wrong[0]!r} is not one of {', '.join(QUESTIONS)}")
         self.folder, self.questions = Path(folder), list(questions); self.prompts, self.files = open_set(folder); self.n = min(n or len(self.prompts), len(self.prompts))
         if len(self.files) < 2: raise ValueError(f"{folder} holds pictures of one model: a vote needs two")
@@ -125,7 +126,9 @@ def create_app(study,   # `Study`
                 if len(body := body + part) > 1000: raise ValueError
             said = json.loads(body); token, choice = str(said["page"]), said["choice"]
             if choice not in ("left", "right", "same") or request.headers.get("content-type") != "application/json": raise ValueError
-        except (ValueError, KeyError, TypeError): return PlainTextResponse("a vote needs a page and a choice: left, right or same", 400)
+        except (ValueError, KeyError, TypeError, RecursionError): return PlainTextResponse("a vote needs a page and a choice: left, right or same", 400)
+        voter, _ = _voter(study, request)
+        if not any(p.token == token for p in study.pages(voter)): return PlainTextResponse("that page was shown to another voter: reload", 409)
         def count(voter):
             for p in study.pages(voter):
                 if p.token == token: a_left = p.left == study.files[p.a][p.prompt]; study.votes.add(voter, p.pair, p.question, p.prompt, p.a, p.b, "same" if choice == "same" else "a" if (choice == "left") == a_left else "b", "left" if a_left else "right")

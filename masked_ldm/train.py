@@ -25,8 +25,8 @@ from .budget import announced
 from .cache import LatentCache, build_cache, cache_folder
 from .checkpoint import Stopped, forget_locks, latest_checkpoint, load_checkpoint, lock, save_checkpoint, stop_requests, unlock
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
-from .evaluate import compare, format_metrics, judge_of_faces, judge_of_people, load_network
 from .face_loss import FaceLoss
+from .judges import compare, format_metrics, judge_of_faces, judge_of_people, load_network
 from .masked_lpips import MaskedLPIPS
 from .models import BASES, ControlledUNet, load_base, make_branch
 from .objective import MaskAwareObjective, check_gradients, warm_up

@@ -26,7 +26,7 @@ class Votes:
                          "a_was TEXT NOT NULL CHECK (a_was IN ('left', 'right')), at TEXT NOT NULL, PRIMARY KEY (voter, pair, question))"): self.db.execute(line)
             for name, value in dict(about=about, secret=secrets.token_hex(32), results_key=secrets.token_urlsafe(9)).items(): self.db.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, value))
         except sqlite3.Error as e: raise ValueError(f"votes file {path} cannot be used ({e})") from None
-        if (have := self.know("about")) != about: raise ValueError(f"votes file {path} belongs to another set of pictures: name another folder")
+        if self.know("about") != about: raise ValueError(f"votes file {path} belongs to another set of pictures: name another folder")
 
     def know(self, name): # "secret", "results_key", "about"
         "A value that belongs to the study."
@@ -65,6 +65,9 @@ def _band(rows, number, draws, seed): # of a function of votes, over prompts
     for _ in range(draws): out.append(number([r for k in rng.integers(0, len(groups), len(groups)) for r in groups[k]]))
     return np.nanquantile(np.array(out, float), (.025, .975), axis=0)
 
+def _wilson(p, n, z=1.96): # share, of so many; the interval that knows how few they are (Wilson 1927)
+    mid, half = p + z*z/(2*n), z*np.sqrt(p*(1-p)/n + z*z/(4*n*n)); return np.array([mid-half, mid+half])/(1 + z*z/n)
+
 _POINTS = dict(a=1., b=0., same=.5)
 
 def win_rates(rows, draws=500, seed=0): # votes as dicts; bootstrap samples of prompts; of the bootstrap
@@ -72,7 +75,7 @@ def win_rates(rows, draws=500, seed=0): # votes as dicts; bootstrap samples of p
     out = []
     for a, b in sorted({tuple(sorted((r["a"], r["b"]))) for r in rows}):
         mine = [r for r in rows if {r["a"], r["b"]} == {a, b}]; rate = lambda rs: np.mean([p if r["a"] == a else 1-p for r in rs for p in [_POINTS[r["choice"]]]]) if rs else np.nan
-        low, high = _band(mine, rate, draws, seed); out.append(dict(a=a, b=b, rate=float(rate(mine)), low=float(low), high=float(high), votes=len(mine), same=sum(r["choice"] == "same" for r in mine)))
+        ends = np.stack([_band(mine, rate, draws, seed), _wilson(rate(mine), len(_prompts(mine)))]); low, high = ends[:, 0].min(), ends[:, 1].max(); out.append(dict(a=a, b=b, rate=float(rate(mine)), low=float(low), high=float(high), votes=len(mine), same=sum(r["choice"] == "same" for r in mine)))
     return out
 
 # %% ../nbs/08a_votes.ipynb #8adc65ee
@@ -81,18 +84,19 @@ def _points(rows, names): # (M,M): wins of i over j, half for no difference
     for r in rows: i, j, p = names.index(r["a"]), names.index(r["b"]), _POINTS[r["choice"]]; w[i, j] += p; w[j, i] += 1-p
     return w
 
-def _fit(w, prior=.5): # scores of mean zero, by Newton's steps
+def _fit(w, prior=.5): # (scores of mean zero, by Newton's steps; the curvature there)
     s, n = np.zeros(len(w)), w + w.T
     for _ in range(50):
         p = 1/(1+np.exp(s[None]-s[:, None])); q = 1/(1+np.exp(-s)); g = (w - n*p).sum(1) + prior*(1-2*q); h = n*p*(1-p)
-        step = np.linalg.solve(np.diag(h.sum(1) + 2*prior*q*(1-q)) - h, g); s = s + step*min(1, 2/max(1e-9, np.abs(step).max()))
+        H = np.diag(h.sum(1) + 2*prior*q*(1-q)) - h; step = np.linalg.solve(H, g); s = s + step*min(1, 2/max(1e-9, np.abs(step).max()))
         if np.abs(step).max() < 1e-9: break
-    return s - s.mean()
+    return s - s.mean(), H
 
 def bradley_terry(rows, draws=300, seed=0): # votes as dicts; bootstrap samples of prompts; of the bootstrap
     "{model: (score, low, high)}, scores in log odds with mean 0 and their 95% intervals, best first."
     if not rows: return {}
-    names = sorted({r[k] for r in rows for k in "ab"}); fit = lambda rs: _fit(_points(rs, names)); s = fit(rows); low, high = _band(rows, fit, draws, seed)
+    names = sorted({r[k] for r in rows for k in "ab"}); fit = lambda rs: _fit(_points(rs, names))[0]; s, H = _fit(_points(rows, names)); low, high = _band(rows, fit, draws, seed)
+    middle = np.eye(len(s)) - 1/len(s); wide = 1.96*np.sqrt(np.diag(middle @ np.linalg.inv(H) @ middle)*len(rows)/len(_prompts(rows))); low, high = np.minimum(low, s-wide), np.maximum(high, s+wide)   # never surer than so many prompts allow
     return {names[i]: (float(s[i]), float(low[i]), float(high[i])) for i in np.argsort(-s)}
 
 # %% ../nbs/08a_votes.ipynb #4a5f0d98

@@ -83,6 +83,13 @@ def test_a_vote_outlives_its_page(server, chromium):
     server.start(); assert len(server.rows()) == 1
     back = context.new_page(); back.goto(server.url); ready(back, 2); assert len(server.rows()) == 2 and back.evaluate("localStorage.length") == 0; back.reload(); ready(back, 2)
 
+def test_two_tabs_of_a_fresh_browser(server, chromium):
+    "Both ask before either has a cookie, so there are two voters for a moment: a vote on the other's page is refused in words, and nothing is lost silently."
+    context = chromium.new_context(viewport=dict(width=1280, height=800)); page = context.new_page(); page.goto(server.url); ready(page, 0)
+    context.clear_cookies(); other = context.new_page(); other.goto(server.url); ready(other, 0)   # the cookie is now the second tab's
+    page.keyboard.press("ArrowLeft"); page.wait_for_selector("#trouble:not([hidden])"); assert "was not counted" in page.inner_text("#trouble") and not server.rows() and page.evaluate("localStorage.length") == 0; shot(page, "study_two_tabs")
+    ready(page, 0); page.keyboard.press("ArrowLeft"); ready(page, 1); assert page.is_hidden("#trouble") and len(server.rows()) == 1
+
 def test_on_a_phone(server, chromium):
     first = chromium.new_context(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True, device_scale_factor=2); page = first.new_page(); page.goto(server.url); ready(page, 0); shot(page, "study_phone")
     box = lambda s: page.locator(s).bounding_box(); a, b, nav = box("#left"), box("#right"), box("nav")

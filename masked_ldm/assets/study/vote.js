@@ -1,6 +1,6 @@
 "use strict";
 const $ = id => document.getElementById(id);
-let page = null, busy = true;
+let page = null, busy = true, notice = "";
 
 function show(state) {
   const { done, total } = state;
@@ -38,10 +38,14 @@ async function ask(url, body) {
   if (body) keep(body);
   try {
     const r = await fetch(url, body ? { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) } : { cache: "no-store" });
+    if (body && r.status === 409) {                      // shown to another voter: two tabs were opened before either had a cookie
+      forget(body); notice = "That pair was shown to another tab first, so the vote was not counted. This is your own next pair.";
+      return ask("api/next");
+    }
     if (!r.ok) throw new Error(r.status);
     const state = await r.json();
     if (body) forget(body);
-    $("trouble").hidden = true; document.body.classList.remove("down");
+    $("trouble").textContent = notice; $("trouble").hidden = !notice; notice = ""; document.body.classList.remove("down");
     const [next] = undelivered();
     if (next) return ask("api/vote", next);
     show(state);
