@@ -1,5 +1,5 @@
 "The site: every link leads somewhere, every page is in the sidebar, every command has flags that exist, every quoted error is in the source."
-import argparse, ast, importlib, inspect, re, shlex, shutil, subprocess
+import argparse, ast, builtins, importlib, inspect, re, shlex, shutil, subprocess
 from configparser import ConfigParser
 from functools import lru_cache
 import nbformat, pytest, yaml
@@ -65,6 +65,35 @@ def test_pages_of_prose_say_what_they_need():
     for p in PAGES:
         first = text(p).split("\n\n"); assert first[0].startswith("# ") and (p.suffix == ".ipynb" or first[1].startswith("> ")), p
         if p.suffix == ".md" and p.parent.name == "howto": assert first[2].startswith("Needs: "), p
+
+# what nbdev runs to make the pages
+
+_SCOPES = (ast.FunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+def _walk(tree, inside): # nodes, with those in functions, classes and comprehensions or without
+    todo = [tree]
+    while todo:
+        n = todo.pop(); yield n
+        if inside or not isinstance(n, _SCOPES): todo += ast.iter_child_nodes(n)
+
+def _bound(tree, inside=True):
+    "Names that code binds, anywhere or at its top; a star import brings what its module has."
+    nodes = list(_walk(tree, inside)); out = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    out |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+    for n in (n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))):
+        for a in n.names: out |= set(dir(importlib.import_module(n.module))) if a.name == "*" else {(a.asname or a.name).split(".")[0]}
+    return out
+
+@pytest.mark.parametrize("page", [p for p in NOTEBOOKS if any(NBS/m["notebook"] == p for m in modules().values())], ids=lambda p: p.stem)
+def test_pages_can_be_made(page):
+    "For the docs nbdev runs a module's exported cells and, alone, each cell that imports: that one must not need what other cells made."
+    have = set(dir(builtins)) | {"display", "get_ipython"}
+    for c in (c for c in nbformat.read(page, 4).cells if c.cell_type == "code" and "nbdev_export()" not in c.source):
+        tree = ast.parse(re.sub(r"^\s*[!%].*$", "", c.source, flags=re.M)); marks = set(re.findall(r"^#\|\s*(\w+)", c.source, re.M))
+        if not marks & {"export", "exports", "exporti"} and (re.search(r"^#\| eval: false", c.source, re.M) or not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))): continue
+        lost = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - _bound(tree) - have
+        assert not lost or marks & {"export", "exports", "exporti"}, f"imports beside code that needs {sorted(lost)}: move the imports up into the page's imports\n{c.source}"
+        have |= _bound(tree, False)
 
 # error sentences
 
