@@ -19,7 +19,7 @@ test: setup
 
 ablations: setup   # hours; goes on where it was stopped
 	@mkdir -p runs/ablations
-	$(BIN)/papermill nbs/experiments/ablations.ipynb runs/ablations/out.ipynb -p arms all -r seeds "0 1 2" -p steps 400 -p n_one_step 64 -p n_drawn 128 -p sample_steps 20 -p reference 1000 -p folder runs/ablations -p out results/ablations
+	$(BIN)/papermill nbs/experiments/ablations.ipynb runs/ablations/out.ipynb -p arms all -r seeds "0 1 2" -p steps 400 -p n_one_step 64 -p n_drawn 96 -p sample_steps 15 -p reference 1000 -p folder runs/ablations -p out results/ablations
 	$(BIN)/papermill nbs/experiments/report.ipynb runs/ablations/report.ipynb -p out results/report.json
 
 docs: setup
