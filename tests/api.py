@@ -1,9 +1,11 @@
 "nbs/api.md, module by module, from what nbdev exported: `python tests/api.py`."
 import ast, re
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+@lru_cache(None)
 def modules():
     "{module: dict(notebook, says, names: {public name: its anchor on the notebook's page, or ''})}, in the sidebar's order."
     listed, out = re.findall(r"[\w/]+\.ipynb", (ROOT/"_quarto.yml").read_text()), {}
