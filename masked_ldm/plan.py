@@ -175,7 +175,7 @@ def plan(config,     # `TrainConfig`
     c, nets, p = config, _nets(config.base, config.mixed_precision == "bf16"), parts(config); B = -(-c.batch_size//processes); share = -(-B//c.gradient_accumulation_steps); most, mean = decoded_samples(c)
     cached = _cached(c) if cached is None else cached; held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
     trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad)/2**30; once = sum((v for k, v in p.items() if k in ("lpips", "face")), p["decode"])
-    extra = 4*trained*c.use_ema; n = min(share, most); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
+    extra = 4*trained*c.use_ema; n = -(-most//(processes*c.gradient_accumulation_steps)); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
     memory = dict(weights=sum(map(held, nets.values())), losses=sum(held(m) for m, _ in loss_networks(c).values()), gradients=4*trained, adamw=(2 if c.use_8bit_adam else 8)*trained, **(dict(ema=extra) if extra else {}), denoise=share*p["denoise"].kept + p["denoise"].fixed,
                   decode=n*once.kept + once.fixed*bool(n), transient=n*4*4*nets["vae"].config.block_out_channels[1]*c.size**2/2**30)
     work = dict(encode=0. if cached else B*p["encode"].forward, text=0. if cached else B*p["text"].forward, denoise=B*both(p["denoise"]), decode=mean/processes*both(once))

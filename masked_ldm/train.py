@@ -7,8 +7,9 @@ __all__ = ['SCHEMA', 'processes', 'run_folder', 'load_data', 'keyed_noise', 'loa
            'main']
 
 # %% ../nbs/05_train.ipynb #0a2169d4
-import argparse, contextlib, hashlib, json, math, os, signal, sys, time, typing
+import argparse, contextlib, hashlib, json, math, os, signal, sys, time, typing, uuid
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from fastcore.basics import patch
 from .config import ConfigError, TrainConfig, told
@@ -21,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
-from .budget import announced
+from .budget import OutOfMemory, advice, announced, is_out_of_memory
 from .cache import LatentCache, build_cache, cache_folder
 from .checkpoint import Stopped, forget_locks, latest_checkpoint, load_checkpoint, lock, save_checkpoint, stop_requests, unlock
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
@@ -34,15 +35,15 @@ from .one_step import predict_x0, target
 from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .show import picture_grid, progress
-from .speed import capped, compiled, make_optimizer, set_up, stratified_timesteps
-from .watch import OutOfMemory, Unimportant, advice, check_tracker, is_out_of_memory, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
+from .speed import capped, compiled, dealt, make_optimizer, set_up, stratified_timesteps
+from .watch import Unimportant, check_tracker, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
 
 # %% ../nbs/05_train.ipynb #b916722a
 def _on_cpu(): return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
 
 def processes():
     "accelerate's `PartialState` of this run, which joins its processes; on the CPU where there is no accelerator, as torchrun starts them."
-    return PartialState(cpu=_on_cpu())
+    return PartialState(cpu=_on_cpu(), timeout=timedelta(hours=12))   # the others wait while one judges, draws or uploads; NCCL would end them after 10 minutes
 
 def run_folder(config): # `TrainConfig`
     "The folder of this run, made. Raises ConfigError if it already holds a run that is not resumed, or cannot be written."
@@ -100,7 +101,7 @@ class Trainer:
         c = self.config = config; self.path, self.step_done, self.history, self.bad, self.skipped = Path(path), 0, [], 0, 0
         if processes().is_main_process: lock(self.path)
         if processes().num_processes == 1: AcceleratorState._reset_state()   # a second run in one kernel may have another precision
-        check_tracker(c.report_to); self.best, self.ema, self.saved = None, None, None
+        check_tracker(c.report_to); self.best, self.ema, self.saved, self.known = None, None, None, {}
         for cut in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{cut}", "").lower() in ("1", "true"): raise ConfigError(f"{cut} cuts the trained weights in pieces, which checkpoints here do not; the branch fits one GPU: choose multi-GPU in accelerate config")
         self.acc = Accelerator(cpu=_on_cpu(), mixed_precision=c.mixed_precision, log_with=None if c.report_to == "none" else c.report_to, project_config=ProjectConfiguration(str(path), str(path)))
@@ -120,7 +121,7 @@ class Trainer:
         self.may_fail = Unimportant(self.acc.print)
         if c.use_ema: self.ema = EMAModel([p for p in self.bare.parameters() if p.requires_grad], decay=c.ema_decay)
         if face: self._calibrate(face)
-        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, compiled(c, self.base.decode), c.variant, c.gate, warm_up(c.lambda_warmup_steps), c.decode_batch, 4 if c.decode == "crop" else None)
+        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, compiled(c, self.base.decode, varying=True), c.variant, c.gate, warm_up(c.lambda_warmup_steps), c.decode_batch, 4 if c.decode == "crop" else None)
 
     latent = property(lambda self: (4, self.config.size//self.base.f, self.config.size//self.base.f))  # shape of a sample's latents
     @contextlib.contextmanager
@@ -187,12 +188,26 @@ def preflight(self:Trainer):
 
 # %% ../nbs/05_train.ipynb #282d34bb
 @patch
+def whole(self:Trainer, step):
+    "(t, factor on each sample, factor on its perceptual terms) of the whole batch, whoever computes it; the factors are None where every sample counts once."
+    if step not in self.known:
+        c, key = self.config, (self.config.seed, step); t, weight = stratified_timesteps(c.T, c.batch_size, key) if c.stratified_t else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
+        self.known = {s: v for s, v in self.known.items() if s >= self.step_done} | {step: (t, weight, capped(t, c.T, c.max_decoded, key) if c.max_decoded else None)}
+    return self.known[step]
+
+@patch
+def parts(self:Trainer, step):
+    "Positions in the whole batch of what this process computes, a list for each part of the step."
+    c, world = self.config, self.acc.num_processes; shares = world*c.gradient_accumulation_steps
+    if shares == 1: return [list(range(c.batch_size))]
+    t, _, pick = self.whole(step); return dealt(t < c.T if pick is None else (t < c.T) & (pick > 0), shares)[self.acc.process_index::world]
+
+# %% ../nbs/05_train.ipynb #2c6c94e6
+@patch
 def draw(self:Trainer, positions): # in the whole batch
     "(noise, posterior noise, t, factor on each sample, factor on its perceptual terms) of this step; the factors are None where every sample counts once."
-    c, key = self.config, (self.config.seed, self.step_done); noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent); weight = pick = None
-    if c.stratified_t or c.max_decoded: whole = stratified_timesteps(c.T, c.batch_size, key) if c.stratified_t else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
-    if c.stratified_t: t, weight = (v[list(positions)] for v in whole)
-    if c.max_decoded: pick = capped(whole[0], c.T, c.max_decoded, key)[list(positions)]
+    c = self.config; noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent); weight = pick = None
+    if c.stratified_t or c.max_decoded: t, weight, pick = (v if v is None else v[list(positions)] for v in self.whole(self.step_done))
     return noise, post, t, *(v if v is None else v.to(self.acc.device) for v in (weight, pick))
 
 # %% ../nbs/05_train.ipynb #a2245feb
@@ -238,8 +253,9 @@ def grid(self:Trainer):
     if not hasattr(self, "base_pictures"): self.base_pictures = draw(None)
     with self.averaged() as branch: ours = draw(branch.eval())
     self.branch.train()
-    out = self.path/"samples"/f"step_{self.step_done:06d}.png"; out.parent.mkdir(exist_ok=True)
-    picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
+    out = self.path/"samples"/f"step_{self.step_done:06d}.png"
+    try: out.parent.mkdir(exist_ok=True); picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
+    except OSError as e: raise OSError(f"{out} cannot be written ({e.strerror or e})") from None
 
 # %% ../nbs/05_train.ipynb #136be191
 @patch
@@ -329,7 +345,7 @@ def _no_memory(self:Trainer, before, e): # step at which it began; the exception
     "Save what there is, then raise MemoryError with what would fit."
     kept = self.step_done == before and before > 0 and self.acc.is_main_process   # the step had not touched the weights
     if kept: self.opt.zero_grad(); self.checkpoint()
-    raise OutOfMemory(f"out of memory in step {before+1} ({str(e).splitlines()[0]}); " + (f"the state is saved in {self.path/'checkpoints'}, " if kept else "") + f"go on with {'resume=latest and ' if kept else ''}one or more of: {advice(self.config, self.acc.num_processes, before > 0)}")
+    raise OutOfMemory(f"out of memory in step {before+1} ({str(e).splitlines()[0]}); " + (f"the state is saved in {self.path/'checkpoints'}, " if kept else "") + f"go on with {'resume=latest and ' if kept else ''}{advice(self.config, self.acc.device, self.acc.num_processes, before > 0)}")
 
 @patch
 def _stop_if(self:Trainer, asked): # from `stop_requests`
@@ -365,14 +381,13 @@ def _next(loader):
 def loop(self:Trainer, log, # open metrics.jsonl
          grids):            # paths, appended to
     "Steps until `max_steps`, with log lines, grids and checkpoints on the way. Raises `Stopped` after SIGTERM or SIGINT, once the state is saved."
-    c, rank, world = self.config, self.acc.process_index, self.acc.num_processes; per = c.batch_size//c.gradient_accumulation_steps
+    c = self.config
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
-    parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
-    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
+    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for s, ks in enumerate(keys, start) for part in self.parts(s)), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
     self.clock = time.perf_counter()
     with stop_requests() as asked, _workers_watched():
         for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
-            before, batches = self.step_done, [(part, self._empty(_next(loader))) for part in parts]
+            before = self.step_done; batches = [(part, self._empty(_next(loader))) for part in self.parts(before)]
             try: done = self.step(batches); recent += done or []
             except (RuntimeError, MemoryError) as e:
                 if is_out_of_memory(e): self._no_memory(before, e)
@@ -389,8 +404,11 @@ def loop(self:Trainer, log, # open metrics.jsonl
 @patch
 def begin(self:Trainer):
     "Write down what this run is; returns its folder."
-    self.write(config=asdict(self.config), data=dict(processes=self.acc.num_processes, **{k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items() if s}))
-    self.may_fail(self.config.report_to, self.acc.init_trackers, "tensorboard" if self.config.report_to == "tensorboard" else "masked_ldm", {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}); return self.path
+    c, known = self.config, self.path/"tracker.json"; who = json.loads(known.read_text())["id"] if c.resume and known.is_file() else uuid.uuid4().hex[:12]
+    self.write(config=asdict(c), data=dict(processes=self.acc.num_processes, **{k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items() if s}))
+    if c.report_to in ("wandb", "trackio"): self.write(tracker=dict(id=who))   # a resumed run goes on in the same curve
+    self.may_fail(c.report_to, self.acc.init_trackers, "tensorboard" if c.report_to == "tensorboard" else "masked_ldm", {k: v for k, v in asdict(c).items() if isinstance(v, (int, float, str))},
+                  init_kwargs=dict(wandb=dict(id=who, name=self.path.name, resume="allow"), trackio=dict(name=f"{self.path.name}-{who}", resume="allow"))); return self.path
 
 @patch
 def end(self:Trainer):
@@ -436,7 +454,7 @@ def train(config, # `TrainConfig`
         return RunResult(path, config, run.history, norms, run.end(), grids)
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e) or isinstance(e, OutOfMemory): raise
-        raise OutOfMemory(f"out of memory outside the steps ({str(e).splitlines()[0]}); try one or more of: {advice(config, started=False)}") from None
+        raise OutOfMemory(f"out of memory outside the steps ({str(e).splitlines()[0]}); try {advice(config, processes().device, processes().num_processes, False)}") from None
     finally: unlock(path)
 
 # %% ../nbs/05_train.ipynb #f5f5fcb8
