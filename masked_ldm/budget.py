@@ -54,7 +54,7 @@ def would_fit(config,   # `TrainConfig`
     "Settings with which a run would fit, and what they are planned to need; or what else there is to do."
     help = fit(config, gib, processes, () if started else [dict(mixed_precision="bf16"), *([dict(use_8bit_adam=True)] if find_spec("bitsandbytes") else [])]); now = plan(config, processes).gib
     if not help: return "a smaller size, or a card with more memory" if help is None else "more memory left to it"
-    return ", ".join(f"{k}={v}" for k, v in help.items()) + f" (planned {plan(replace(config, **help), processes).gib:.2g} GiB, {now:.2g} as it is)"
+    return ", ".join(f"{k}={v}" for k, v in help.items()) + f" (planned {plan(replace(config, **help), processes).gib:.3g} GiB, {now:.3g} as it is)"
 
 # %% ../nbs/05f_budget.ipynb #c4e6e4d5
 def announce(config,    # `TrainConfig`
