@@ -84,7 +84,5 @@ def advice(config,        # `TrainConfig`
            processes=1,
            started=True): # had it done steps?
     "What to try when memory did not suffice: `would_fit` with less than was planned."
-    try:
-        limits = [.9*plan(config, processes).gib] + ([.92*torch.cuda.mem_get_info(device)[1]/2**30] if torch.device(device).type == "cuda" else [])
-        return would_fit(config, min(limits), processes, started)
-    except Exception: return "gradient_checkpointing=True, decode_batch=1"   # a base that cannot be counted
+    limits = [.9*plan(config, processes).gib] + ([.92*torch.cuda.mem_get_info(device)[1]/2**30] if torch.device(device).type == "cuda" else [])
+    return would_fit(config, min(limits), processes, started)

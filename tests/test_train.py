@@ -192,7 +192,7 @@ def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeyp
         if self.step_done == 4: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return losses(self, *a, **kw)
     monkeypatch.setattr(module.Trainer, "losses", full); monkeypatch.setattr(module, "advice", lambda *a: "gradient_checkpointing=True")
-    with pytest.raises(RuntimeError, match=r"out of memory in step 5 .*resume=latest and one or more of: gradient_checkpointing=True") as e: module.train(module.TrainConfig.make(**half))
+    with pytest.raises(RuntimeError, match=r"out of memory in step 5 .*resume=latest and gradient_checkpointing=True") as e: module.train(module.TrainConfig.make(**half))
     assert module.told(e.value) and (tmp_path/"half"/"checkpoints"/"step_000004").is_dir()
     monkeypatch.setattr(module.Trainer, "losses", losses); rest = module.train(module.TrainConfig.make(**half, resume="latest")); a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -207,6 +207,23 @@ def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, 
     with pytest.raises(ConfigError, match="push_to_hub needs hub_model_id"): TrainConfig.make(push_to_hub=True)
     monkeypatch.setattr("masked_ldm.watch.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package trackio"): train(TrainConfig.make(**{**quick, "out_dir": str(tmp_path/"other"), "report_to": "trackio"}))
+
+def test_a_resumed_run_goes_on_in_the_same_curve_of_its_tracker(tmp_path, quick, monkeypatch):
+    from accelerate import Accelerator
+    from masked_ldm.train import TrainConfig, train
+    got = []; monkeypatch.setattr("masked_ldm.train.check_tracker", lambda name: None); monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, init_kwargs: got.append(init_kwargs)); monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *a: [])
+    given = {**quick, "report_to": "wandb", "val_pictures": 0, "max_steps": 1, "checkpointing_steps": 1}; train(TrainConfig.make(**given)); train(TrainConfig.make(**{**given, "max_steps": 2}, resume="latest")); train(TrainConfig.make(**{**given, "out_dir": str(tmp_path/"other")}))
+    first, again, other = (g["wandb"] for g in got); assert first == again and first["resume"] == "allow" and other["id"] != first["id"] and other["name"] == "other"
+    assert got[0]["trackio"] == got[1]["trackio"] != got[2]["trackio"] and json.loads((tmp_path/"run"/"tracker.json").read_text()) == dict(id=first["id"])
+
+def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypatch, capsys):
+    from PIL import Image
+    from masked_ldm.train import TrainConfig, Trainer
+    tr = Trainer(TrainConfig.make(**{**quick, "val_pictures": 0}), tmp_path/"run")
+    def full(self, path, **kw): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    for _ in range(2): assert tr.may_fail("the sample grid", tr.grid) is None
+    said = capsys.readouterr().out.strip().splitlines(); assert said[-1] == f"the sample grid failed, the run goes on without it: OSError: {tmp_path/'run'/'samples'/'step_000000.png'} cannot be written (No space left on device)" and sum("sample grid" in l for l in said) == 1
 
 def test_the_upload_holds_what_is_needed(tmp_path, monkeypatch):
     import huggingface_hub
