@@ -163,12 +163,13 @@ def whole(tmp_path_factory):
     return given, weights(train(TrainConfig.make(**given, out_dir=str(tmp/"run"))).path)
 
 @pytest.mark.parametrize("signum, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
-def test_asked_to_stop(signum, workers, whole, tmp_path):
+def test_asked_to_stop(signum, workers, whole, tmp_path, capsys):
     "The whole process group is told, as schedulers and terminals do: the state is saved, the exit status is the shell's, and going on ends where an undisturbed run ends."
     given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100, "dataloader_num_workers": workers}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
     os.killpg(p.pid, signum); text = p.communicate(timeout=120)[0]; assert p.returncode == 128 + signum, text
     last = text.strip().splitlines()[-1]; assert "Traceback" not in text and f"stopped by {signum.name} after step" in last and "resume=latest" in last, text
-    p = start(*flags({**given, "resume": "latest"})); text = p.communicate(timeout=120)[0]; assert p.returncode == 0 and "going on from step_" in text, text
+    from masked_ldm.train import TrainConfig, train
+    train(TrainConfig.make(**{**given, "dataloader_num_workers": 0, "out_dir": str(given["out_dir"])}, resume="latest")); assert "going on from step_" in capsys.readouterr().out
     got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
 
 def test_interrupted_papermill_can_go_on(whole, tmp_path):
@@ -187,13 +188,13 @@ def test_gate_and_warm_up_reach_the_run(tmp_path, quick):
 
 def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeypatch):
     from masked_ldm import train as module
-    whole = module.train(module.TrainConfig.make(**{**quick, "val_pictures": 0})); half = {**quick, "val_pictures": 0, "out_dir": str(tmp_path/"half")}; losses = module.Trainer.losses
+    quick = {**quick, "val_pictures": 0, "max_steps": 4}; whole = module.train(module.TrainConfig.make(**quick)); half = {**quick, "out_dir": str(tmp_path/"half")}; losses = module.Trainer.losses
     def full(self, *a, **kw):
-        if self.step_done == 4: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.step_done == 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return losses(self, *a, **kw)
     monkeypatch.setattr(module.Trainer, "losses", full); monkeypatch.setattr(module, "advice", lambda *a: "gradient_checkpointing=True")
-    with pytest.raises(RuntimeError, match=r"out of memory in step 5 .*resume=latest and gradient_checkpointing=True") as e: module.train(module.TrainConfig.make(**half))
-    assert module.told(e.value) and (tmp_path/"half"/"checkpoints"/"step_000004").is_dir()
+    with pytest.raises(RuntimeError, match=r"out of memory in step 3 .*resume=latest and gradient_checkpointing=True") as e: module.train(module.TrainConfig.make(**half))
+    assert module.told(e.value) and (tmp_path/"half"/"checkpoints"/"step_000002").is_dir()
     monkeypatch.setattr(module.Trainer, "losses", losses); rest = module.train(module.TrainConfig.make(**half, resume="latest")); a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
 
 def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, capsys):
@@ -233,12 +234,12 @@ def test_the_upload_holds_what_is_needed(tmp_path, monkeypatch):
 
 def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
     from masked_ldm.train import TrainConfig, train
-    kw = {**quick, "use_ema": True, "ema_decay": .5, "validation_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}; whole = train(TrainConfig.make(**kw))
-    half = {**kw, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3})); rest = train(TrainConfig.make(**half, resume="latest"))
+    kw = {**quick, "max_steps": 4, "val_pictures": 2, "use_ema": True, "ema_decay": .5, "validation_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}; whole = train(TrainConfig.make(**kw))
+    half = {**kw, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3})); rest = train(TrainConfig.make(**half, resume="latest"))   # 3: after a judgement, before the next
     a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)   # the average went on too
     last = load_file(sorted((whole.path/"checkpoints").iterdir())[-1]/"controlnet"/"diffusion_pytorch_model.safetensors"); assert any(not torch.equal(a[k], last[k]) for k in a)   # saved: the average; kept to go on: the weights
-    scores = {r["step"]: r["validation"]["score"] for r in whole.history if "validation" in r}; assert sorted(scores) == [2, 4, 6]; best = min(scores, key=scores.get)
-    assert json.loads((whole.path/"metrics.json").read_text())["best"]["step"] == best and {p.name for p in (whole.path/"checkpoints").iterdir()} == {f"step_{best:06d}", "step_000006"}
+    scores = {r["step"]: r["validation"]["score"] for r in whole.history if "validation" in r}; assert sorted(scores) == [2, 4]; best = min(scores, key=scores.get)
+    assert json.loads((whole.path/"metrics.json").read_text())["best"]["step"] == best and {p.name for p in (whole.path/"checkpoints").iterdir()} == {f"step_{best:06d}", "step_000004"}
     assert [r for r in rest.history if "validation" in r] == [r for r in whole.history if "validation" in r] and "averaged with decay 0.5" in (whole.path/"README.md").read_text()
 
 def test_one_folder_one_run(tmp_path, quick):
