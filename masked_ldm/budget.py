@@ -36,7 +36,8 @@ def fit(config,   # `TrainConfig`
         processes=1,
         more=()): # settings that change the training, as dicts, added in turn where the others do not suffice
     "{setting: value} to change so that a run fits, with the least work; {} if it does already, None if nothing helps."
-    names = ("checkpoint_vae", "checkpoint_unet", "checkpoint_branch"); share = max(1, config.batch_size//processes); parts = [{}] + [dict(gradient_accumulation_steps=k) for k in range(2, share+1) if share % k == 0]
+    names = ("checkpoint_vae", "checkpoint_unet", "checkpoint_branch"); share = max(1, config.batch_size//processes)
+    parts = [{}] + [dict(gradient_accumulation_steps=k) for k in range(2, share+1) if share % k == 0]
     options = [dict(zip(names, on)) | few | cut for on in product((False, True), repeat=3) for few in ({}, dict(decode_batch=1)) for cut in parts]; given = {}
     for extra in ({}, *more):
         given |= extra; best = None

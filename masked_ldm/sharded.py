@@ -47,15 +47,24 @@ def gather(self:Whole, branch, # the one in pieces
            ema=None,           # its `EMAModel`
            keep=True):         # does this process need them? Only the first gets them
     "Fill the twins from the pieces."
-    weights = get_model_state_dict(branch, options=_ALL); state = get_optimizer_state_dict(branch, optimizer, options=_ALL) if optimizer.state else None; average = [v.full_tensor().cpu().clone() for v in ema.shadow_params] if ema else None
+    weights = get_model_state_dict(branch, options=_ALL)
+    state = get_optimizer_state_dict(branch, optimizer, options=_ALL) if optimizer.state else None
+    average = [v.full_tensor().cpu().clone() for v in ema.shadow_params] if ema else []
     if not keep: return
-    self.branch.load_state_dict(weights)
-    if state: self.optimizer.load_state_dict(dict(state={i: _own(state["state"][n]) for i, n in enumerate(self.names)}, param_groups=[dict(g, params=list(range(len(self.names)))) for g in state["param_groups"]]))
+    self.branch.load_state_dict(weights); numbers = list(range(len(self.names)))
+    if state:
+        groups = [dict(g, params=numbers) for g in state["param_groups"]]
+        self.optimizer.load_state_dict(dict(state={i: _own(state["state"][n]) for i, n in enumerate(self.names)}, param_groups=groups))
     if ema: self.ema.shadow_params, self.ema.optimization_step = average, ema.optimization_step
 
+# %% ../nbs/05g_sharded.ipynb #922d7691
 @patch
 def scatter(self:Whole, branch, optimizer, ema=None): # as for `gather`
     "Put the twins, which are the same in every process, into the pieces."
     set_model_state_dict(branch, self.branch.state_dict(), options=_ALL); state = self.optimizer.state_dict()
-    if state["state"]: set_optimizer_state_dict(branch, optimizer, dict(state={self.names[i]: _own(v) for i, v in state["state"].items()}, param_groups=[dict(g, params=self.names) for g in state["param_groups"]]), options=_ALL)
-    if ema: ema.shadow_params, ema.optimization_step = [distribute_tensor(v.to(p.device, copy=True), p.device_mesh, p.placements) for v, p in zip(self.ema.shadow_params, ema.shadow_params)], self.ema.optimization_step
+    if state["state"]:
+        groups = [dict(g, params=self.names) for g in state["param_groups"]]
+        set_optimizer_state_dict(branch, optimizer, dict(state={self.names[i]: _own(v) for i, v in state["state"].items()}, param_groups=groups), options=_ALL)
+    if ema:
+        pieces = [distribute_tensor(v.to(p.device, copy=True), p.device_mesh, p.placements) for v, p in zip(self.ema.shadow_params, ema.shadow_params)]
+        ema.shadow_params, ema.optimization_step = pieces, self.ema.optimization_step
