@@ -81,4 +81,4 @@ def test_a_run_on_a_gpu_announces_itself(monkeypatch):
     from masked_ldm.config import TrainConfig
     monkeypatch.setattr(budget.torch.cuda, "get_device_name", lambda device: "a card"); monkeypatch.setattr(budget, "throughput", lambda device, bf16: 1.)
     for gib, said in ((12, "on a card with 12.0 GiB free"), (.2, "that will not fit, but this would: "), (.01, "this would: a smaller size")):
-        monkeypatch.setattr(budget.torch.cuda, "mem_get_info", lambda device: (int(gib*2**30), 0)); text = budget.announced(TrainConfig.make(T=1000), "cuda:0"); assert text.startswith("planned: ") and said in text, text
+        monkeypatch.setattr(budget.torch.cuda, "mem_get_info", lambda device: (int(gib*2**30), 0)); text = budget.announced(TrainConfig.make(T=1000, mixed_precision="bf16"), "cuda:0"); assert text.startswith("planned: ") and said in text, text
