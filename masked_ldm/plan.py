@@ -115,19 +115,30 @@ def loss_networks(config): # `TrainConfig`
 def parts(config): # `TrainConfig`
     "{part: `Cost` of one sample} of a run's step."
     judged = {k: _both_sides(k, *v, config.mixed_precision == "bf16") for k, v in loss_networks(config).items() if not k.startswith("judge")}
-    return _base_parts(config.base, config.size, config.mixed_precision == "bf16", *recomputed(config).items()) | judged
+    key, on = (config.base, config.size, config.mixed_precision == "bf16"), recomputed(config); return _frozen_parts(*key) | dict(denoise=_denoise(*key, on["branch"], on["unet"]), decode=_decode(*key, on["vae"])) | judged
 
 @lru_cache
-def _base_parts(base, size, bf16, *on):
-    n = _nets(base, bf16); unet, branch, vae = n["unet"], n["branch"], n["vae"]; side = size//2**(len(vae.config.block_out_channels)-1); recompute(n, dict(on))
-    with _FAKE:
-        x, ids = torch.empty(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long)
-        inputs = {b: (torch.empty(b, 4, side, side), torch.zeros(b, dtype=torch.long), torch.empty(b, 77, unet.config.cross_attention_dim), torch.empty(b, 4, side, side, requires_grad=True)) for b in (1, 2)}
-    def denoise(b):
-        z, t, text, _ = inputs[b]; down, mid = branch(z, t, text, controlnet_cond=z, return_dict=False)
-        return unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
-    with torch.no_grad(): frozen = dict(encode=cost(lambda: vae.encode(x).latent_dist.mean, bf16), text=cost(lambda: n["text_encoder"](ids).last_hidden_state, bf16))
-    return dict(frozen, denoise=_a_sample(denoise, bf16), decode=_a_sample(lambda b: vae.decode(inputs[b][3]).sample, bf16))
+def _frozen_parts(base, size, bf16):
+    n = _nets(base, bf16)
+    with _FAKE: x, ids = torch.empty(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long)
+    with torch.no_grad(): return dict(encode=cost(lambda: n["vae"].encode(x).latent_dist.mean, bf16), text=cost(lambda: n["text_encoder"](ids).last_hidden_state, bf16))
+
+def _latents(n, size, batch, **kw): side = size//2**(len(n["vae"].config.block_out_channels)-1); return torch.empty(batch, 4, side, side, **kw)
+
+@lru_cache
+def _denoise(base, size, bf16, branch, unet):
+    n = _nets(base, bf16); recompute(n, dict(branch=branch, unet=unet))
+    with _FAKE: inputs = {b: (_latents(n, size, b), torch.zeros(b, dtype=torch.long), torch.empty(b, 77, n["unet"].config.cross_attention_dim)) for b in (1, 2)}
+    def run(b):
+        down, mid = n["branch"](*inputs[b], controlnet_cond=inputs[b][0], return_dict=False)
+        return n["unet"](*inputs[b], down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+    return _a_sample(run, bf16)
+
+@lru_cache
+def _decode(base, size, bf16, vae):
+    n = _nets(base, bf16); recompute(n, dict(vae=vae))
+    with _FAKE: z = {b: _latents(n, size, b, requires_grad=True) for b in (1, 2)}
+    return _a_sample(lambda b: n["vae"].decode(z[b]).sample, bf16)
 
 def _a_sample(f, bf16): # function of the number of samples -> `Cost` of one, and what does not grow with them
     one, two = (cost(lambda: f(b), bf16) for b in (1, 2)); return Cost(one.forward, one.backward, two.kept-one.kept, max(0., 2*one.kept-two.kept))
@@ -175,7 +186,7 @@ def plan(config,     # `TrainConfig`
     c, nets, p = config, _nets(config.base, config.mixed_precision == "bf16"), parts(config); B = -(-c.batch_size//processes); share = -(-B//c.gradient_accumulation_steps); most, mean = decoded_samples(c)
     cached = _cached(c) if cached is None else cached; held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
     trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad)/2**30; once = sum((v for k, v in p.items() if k in ("lpips", "face")), p["decode"])
-    extra = 4*trained*c.use_ema; n = min(share, most); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
+    extra = 4*trained*c.use_ema; n = -(-most//(processes*c.gradient_accumulation_steps)); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
     memory = dict(weights=sum(map(held, nets.values())), losses=sum(held(m) for m, _ in loss_networks(c).values()), gradients=4*trained, adamw=(2 if c.use_8bit_adam else 8)*trained, **(dict(ema=extra) if extra else {}), denoise=share*p["denoise"].kept + p["denoise"].fixed,
                   decode=n*once.kept + once.fixed*bool(n), transient=n*4*4*nets["vae"].config.block_out_channels[1]*c.size**2/2**30)
     work = dict(encode=0. if cached else B*p["encode"].forward, text=0. if cached else B*p["text"].forward, denoise=B*both(p["denoise"]), decode=mean/processes*both(once))

@@ -7,8 +7,10 @@ __all__ = ['SCHEMA', 'processes', 'run_folder', 'load_data', 'keyed_noise', 'loa
            'main']
 
 # %% ../nbs/05_train.ipynb #0a2169d4
-import argparse, contextlib, hashlib, json, math, os, signal, sys, time, typing
+import argparse, contextlib, hashlib, json, math, os, signal, sys, time, typing, uuid
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from fastcore.basics import patch
 from .config import ConfigError, TrainConfig, told
@@ -21,7 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
-from .budget import announced
+from .budget import OutOfMemory, advice, announced, is_out_of_memory
 from .cache import LatentCache, build_cache, cache_folder
 from .checkpoint import Stopped, forget_locks, latest_checkpoint, load_checkpoint, lock, save_checkpoint, stop_requests, unlock
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
@@ -33,16 +35,17 @@ from .objective import MaskAwareObjective, check_gradients, warm_up
 from .one_step import predict_x0, target
 from .people import WORLD_VERSION, write_world
 from .sample import PROMPTS, MaskedLDMPipeline, sample
+from .sharded import Whole, sharding
 from .show import picture_grid, progress
-from .speed import capped, compiled, make_optimizer, set_up, stratified_timesteps
-from .watch import OutOfMemory, Unimportant, advice, check_tracker, is_out_of_memory, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
+from .speed import capped, compiled, dealt, make_optimizer, set_up, stratified_timesteps
+from .watch import Unimportant, check_tracker, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
 
 # %% ../nbs/05_train.ipynb #b916722a
 def _on_cpu(): return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
 
 def processes():
     "accelerate's `PartialState` of this run, which joins its processes; on the CPU where there is no accelerator, as torchrun starts them."
-    return PartialState(cpu=_on_cpu())
+    return PartialState(cpu=_on_cpu(), timeout=timedelta(hours=12))   # the others wait while one judges, draws or uploads; NCCL would end them after 10 minutes
 
 def run_folder(config): # `TrainConfig`
     "The folder of this run, made. Raises ConfigError if it already holds a run that is not resumed, or cannot be written."
@@ -100,9 +103,8 @@ class Trainer:
         c = self.config = config; self.path, self.step_done, self.history, self.bad, self.skipped = Path(path), 0, [], 0, 0
         if processes().is_main_process: lock(self.path)
         if processes().num_processes == 1: AcceleratorState._reset_state()   # a second run in one kernel may have another precision
-        check_tracker(c.report_to); self.best, self.ema, self.saved = None, None, None
-        for cut in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if os.environ.get(f"ACCELERATE_USE_{cut}", "").lower() in ("1", "true"): raise ConfigError(f"{cut} cuts the trained weights in pieces, which checkpoints here do not; the branch fits one GPU: choose multi-GPU in accelerate config")
+        check_tracker(c.report_to); self.best, self.ema, self.saved, self.known = None, None, None, {}
+        cut = sharding(c)
         self.acc = Accelerator(cpu=_on_cpu(), mixed_precision=c.mixed_precision, log_with=None if c.report_to == "none" else c.report_to, project_config=ProjectConfiguration(str(path), str(path)))
         if c.batch_size % (parts := c.gradient_accumulation_steps*self.acc.num_processes): raise ConfigError(f"batch_size {c.batch_size} is the whole batch and must be a multiple of {parts}: {self.acc.num_processes} process(es) times gradient_accumulation_steps {c.gradient_accumulation_steps}")
         self.share = c.batch_size//parts                       # pictures a process sees at once
@@ -111,7 +113,7 @@ class Trainer:
             self.base, lpips, face, *self.judges = load_networks(c, self.acc.device)
             self.train_set, self.val_set, self.manifests = load_data(c)
         self.keep_latents()
-        branch = make_branch(self.base.unet, self.base.f)
+        branch = make_branch(self.base.unet, self.base.f); self.twin, self.gathered = Whole(deepcopy(branch).cpu(), c) if cut else None, 0
         if c.mixed_precision == "bf16":   # frozen, and autocast would copy them every step
             self.base.text_encoder.to(torch.bfloat16)
             if self.acc.device.type != "cpu": self.base.unet.to(torch.bfloat16)   # on the CPU autocast gives float32 to norms, which want weights of their own kind
@@ -120,19 +122,25 @@ class Trainer:
         self.may_fail = Unimportant(self.acc.print)
         if c.use_ema: self.ema = EMAModel([p for p in self.bare.parameters() if p.requires_grad], decay=c.ema_decay)
         if face: self._calibrate(face)
-        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, compiled(c, self.base.decode), c.variant, c.gate, warm_up(c.lambda_warmup_steps), c.decode_batch, 4 if c.decode == "crop" else None)
+        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, compiled(c, self.base.decode, varying=True), c.variant, c.gate, warm_up(c.lambda_warmup_steps), c.decode_batch, 4 if c.decode == "crop" else None)
 
     latent = property(lambda self: (4, self.config.size//self.base.f, self.config.size//self.base.f))  # shape of a sample's latents
     @contextlib.contextmanager
     def averaged(self):
         "Inside, the branch has its averaged weights, if the run averages."
-        weights = [p for p in self.bare.parameters() if p.requires_grad]
-        if self.ema: self.ema.store(weights); self.ema.copy_to(weights)
-        try: yield self.bare
+        branch, _, ema = self.kept; home = branch.device; branch.to(self.acc.device); weights = [p for p in branch.parameters() if p.requires_grad]
+        if ema: ema.to(self.acc.device); ema.store(weights); ema.copy_to(weights)
+        try: yield branch
         finally:
-            if self.ema: self.ema.restore(weights)
+            if ema: ema.restore(weights); ema.to(home)
+            branch.to(home)
 
     bare = property(lambda self: self.acc.unwrap_model(self.branch))  # the branch without accelerate's wrapping
+    kept = property(lambda self: (self.twin.branch, self.twin.optimizer, self.twin.ema) if self.twin else (self.bare, self.opt.optimizer, self.ema))  # branch, optimiser and average, whole
+
+    def gather(self):
+        "Make the branch whole where it is in pieces; every process has to call this."
+        if self.twin and self.gathered != self.step_done: self.twin.gather(self.branch, self.opt.optimizer, self.ema, self.acc.is_main_process); self.gathered = self.step_done
 
     def _calibrate(self, face):
         "Scale the face loss on training faces, so that two strangers are 1 apart."
@@ -179,20 +187,35 @@ def preflight(self:Trainer):
     b = collate(sorted((self.train_set[i] for i in order), key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()))[:min(4, self.share, c.decode_batch or 4)]).to(self.acc.device)
     noise, post, _ = keyed_noise(c.seed, -1, range(len(b)), self.latent); low = c.T > 0 and c.variant == "paper"
     expect = dict(ldm=c.lambda1 + c.lambda2 < 1 or not c.T, lpips=low and c.lambda1, face=low and count(b.boxes))
+    branch = deepcopy(self.twin.branch).to(self.acc.device) if self.twin else self.bare
     self.objective.at_once = 0   # in parts, a term's own gradient is gone
-    self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), self.bare, c.lambda_warmup_steps), self.bare.parameters(), [k for k, on in expect.items() if on])
+    self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), branch, c.lambda_warmup_steps), branch.parameters(), [k for k, on in expect.items() if on])
     self.objective.at_once = c.decode_batch
     if low and c.lambda2 and not count(b.boxes): self.acc.print("no usable face in the 64 pictures looked at: the face loss could not be checked")
     return self.norms
 
 # %% ../nbs/05_train.ipynb #282d34bb
 @patch
+def whole(self:Trainer, step):
+    "(t, factor on each sample, factor on its perceptual terms) of the whole batch, whoever computes it; the factors are None where every sample counts once."
+    if step not in self.known:
+        c, key = self.config, (self.config.seed, step); t, weight = stratified_timesteps(c.T, c.batch_size, key) if c.stratified_t else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
+        self.known = {s: v for s, v in self.known.items() if s >= self.step_done} | {step: (t, weight, capped(t, c.T, c.max_decoded, key) if c.max_decoded else None)}
+    return self.known[step]
+
+@patch
+def parts(self:Trainer, step):
+    "Positions in the whole batch of what this process computes, a list for each part of the step."
+    c, world = self.config, self.acc.num_processes; shares = world*c.gradient_accumulation_steps
+    if shares == 1: return [list(range(c.batch_size))]
+    t, _, pick = self.whole(step); return dealt(t < c.T if pick is None else (t < c.T) & (pick > 0), shares)[self.acc.process_index::world]
+
+# %% ../nbs/05_train.ipynb #2c6c94e6
+@patch
 def draw(self:Trainer, positions): # in the whole batch
     "(noise, posterior noise, t, factor on each sample, factor on its perceptual terms) of this step; the factors are None where every sample counts once."
-    c, key = self.config, (self.config.seed, self.step_done); noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent); weight = pick = None
-    if c.stratified_t or c.max_decoded: whole = stratified_timesteps(c.T, c.batch_size, key) if c.stratified_t else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
-    if c.stratified_t: t, weight = (v[list(positions)] for v in whole)
-    if c.max_decoded: pick = capped(whole[0], c.T, c.max_decoded, key)[list(positions)]
+    c = self.config; noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent); weight = pick = None
+    if c.stratified_t or c.max_decoded: t, weight, pick = (v if v is None else v[list(positions)] for v in self.whole(self.step_done))
     return noise, post, t, *(v if v is None else v.to(self.acc.device) for v in (weight, pick))
 
 # %% ../nbs/05_train.ipynb #a2245feb
@@ -209,11 +232,12 @@ def step(self:Trainer, batches, # the step's parts: [(positions in the whole bat
             terms = self.losses(b.to(self.acc.device), noise, post, t, weight=weight, pick=pick); self.acc.backward(terms.total/len(batches))
         done.append((t, {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()}, terms.total.item()))
     norm = self.acc.clip_grad_norm_([p for p in self.branch.parameters() if p.requires_grad], c.max_grad_norm)
-    self.step_done += 1; self.norm = float(norm)
+    self.step_done += 1; self.norm = float(norm.full_tensor() if self.twin else norm)
     if not math.isfinite(self.norm):   # a loss that is not finite has no finite gradient either
         self.opt.zero_grad(); self.bad += 1; self.skipped += 1; who = gather_object([i for _, b in batches for i in b.image_ids])
         self.acc.print(f"step {self.step_done} skipped: loss or gradient is not finite, pictures {who}")
         if self.bad >= 5:
+            self.gather()
             if self.acc.is_main_process: self.checkpoint()
             raise FloatingPointError(f"loss or gradient was not finite in 5 steps in a row, the last with pictures {who}; the last good weights are in {self.path/'checkpoints'}; lower learning_rate or max_grad_norm")
         return None
@@ -238,8 +262,9 @@ def grid(self:Trainer):
     if not hasattr(self, "base_pictures"): self.base_pictures = draw(None)
     with self.averaged() as branch: ours = draw(branch.eval())
     self.branch.train()
-    out = self.path/"samples"/f"step_{self.step_done:06d}.png"; out.parent.mkdir(exist_ok=True)
-    picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
+    out = self.path/"samples"/f"step_{self.step_done:06d}.png"
+    try: out.parent.mkdir(exist_ok=True); picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
+    except OSError as e: raise OSError(f"{out} cannot be written ({e.strerror or e})") from None
 
 # %% ../nbs/05_train.ipynb #136be191
 @patch
@@ -262,8 +287,9 @@ SCHEMA = 1   # of state.json
 def checkpoint(self:Trainer):
     "A checkpoint to go on from; a step that is saved already is not saved again."
     if self.saved == (self.step_done, self.best): return self.path/"checkpoints"/f"step_{self.step_done:06d}"
-    made = save_checkpoint(self.path/"checkpoints", self.step_done, self.bare, self.opt.optimizer,
-                           dict(schema=SCHEMA, config=asdict(self.config), data=self.train_set.info["content"], skipped=self.skipped), self.config.checkpoints_total_limit, self.best and self.best["step"], self.ema)
+    if self.twin and self.gathered != self.step_done: raise OSError(f"the weights of step {self.step_done} lie in pieces in {self.acc.num_processes} processes")
+    branch, optimizer, ema = self.kept; made = save_checkpoint(self.path/"checkpoints", self.step_done, branch, optimizer,
+                           dict(schema=SCHEMA, config=asdict(self.config), data=self.train_set.info["content"], skipped=self.skipped), self.config.checkpoints_total_limit, self.best and self.best["step"], ema)
     self.saved = (self.step_done, self.best); return made
 
 # %% ../nbs/05_train.ipynb #79d2e2a7
@@ -288,7 +314,8 @@ def go_on(self:Trainer):
     if state.get("data") not in (None, self.train_set.info["content"]): differs.append("other training pictures than the run had: the manifest differs")
     if differs and not c.resume_changed: raise ConfigError(f"resume with {'; '.join(differs)} (resume_changed=True goes on all the same)")
     for d in differs: self.acc.print(f"going on with {d}")
-    got = load_checkpoint(path, self.bare, self.opt.optimizer, self.ema); self.step_done, self.skipped = got["step"], got.get("skipped", 0)
+    got = load_checkpoint(path, *self.kept); self.step_done, self.skipped = got["step"], got.get("skipped", 0)
+    if self.twin: self.twin.scatter(self.branch, self.opt.optimizer, self.ema); self.gathered = self.step_done
     log = self.path/"metrics.jsonl"; lines = log.read_text().splitlines() if log.is_file() else []
     rows = [r for l in lines if (r := _row(l))]
     self.history = [r for r in rows if r["step"] <= self.step_done]; self.best = min((r["validation"] | dict(step=r["step"]) for r in self.history if "validation" in r), key=lambda v: v["score"], default=None)
@@ -327,15 +354,16 @@ def validate(self:Trainer, log): # open metrics.jsonl
 @patch
 def _no_memory(self:Trainer, before, e): # step at which it began; the exception
     "Save what there is, then raise MemoryError with what would fit."
-    kept = self.step_done == before and before > 0 and self.acc.is_main_process   # the step had not touched the weights
+    kept = self.step_done == before and before > 0 and self.acc.is_main_process and not self.twin   # the step had not touched the weights
     if kept: self.opt.zero_grad(); self.checkpoint()
-    raise OutOfMemory(f"out of memory in step {before+1} ({str(e).splitlines()[0]}); " + (f"the state is saved in {self.path/'checkpoints'}, " if kept else "") + f"go on with {'resume=latest and ' if kept else ''}one or more of: {advice(self.config, self.acc.num_processes, before > 0)}")
+    raise OutOfMemory(f"out of memory in step {before+1} ({str(e).splitlines()[0]}); " + (f"the state is saved in {self.path/'checkpoints'}, " if kept else "") + f"go on with {'resume=latest and ' if kept else ''}{advice(self.config, self.acc.device, self.acc.num_processes, before > 0)}")
 
 @patch
 def _stop_if(self:Trainer, asked): # from `stop_requests`
     "If any process was asked to stop: save, then raise `Stopped` in all of them."
     anybody = len(asked) if self.acc.num_processes == 1 else int(self.acc.reduce(torch.tensor([len(asked)], device=self.acc.device)))
     if not anybody or self.step_done == self.config.max_steps: return
+    self.gather()
     if self.acc.is_main_process: self.checkpoint()
     self.acc.wait_for_everyone(); signum = asked[0] if asked else signal.SIGTERM
     raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.step_done} of {self.config.max_steps}; the state is saved in {self.path/'checkpoints'}: go on with out_dir={self.path} and resume=latest")
@@ -365,37 +393,40 @@ def _next(loader):
 def loop(self:Trainer, log, # open metrics.jsonl
          grids):            # paths, appended to
     "Steps until `max_steps`, with log lines, grids and checkpoints on the way. Raises `Stopped` after SIGTERM or SIGINT, once the state is saved."
-    c, rank, world = self.config, self.acc.process_index, self.acc.num_processes; per = c.batch_size//c.gradient_accumulation_steps
+    c = self.config; due = lambda n: n and (self.step_done % n == 0 or self.step_done == c.max_steps)
     keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
-    parts = [range(k*per + rank, (k+1)*per, world) for k in range(c.gradient_accumulation_steps)]   # positions in the whole batch
-    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for ks in keys for part in parts), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
+    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for s, ks in enumerate(keys, start) for part in self.parts(s)), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
     self.clock = time.perf_counter()
     with stop_requests() as asked, _workers_watched():
         for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
-            before, batches = self.step_done, [(part, self._empty(_next(loader))) for part in parts]
+            before = self.step_done; batches = [(part, self._empty(_next(loader))) for part in self.parts(before)]
             try: done = self.step(batches); recent += done or []
             except (RuntimeError, MemoryError) as e:
                 if is_out_of_memory(e): self._no_memory(before, e)
                 raise
             if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)): self._log(log, rows, bar); recent = []
+            if any(map(due, (c.sample_interval, c.checkpointing_steps, c.validation_steps))): self.gather()
             side, free = time.perf_counter(), self.acc.is_main_process and not asked   # whoever is asked to stop does not draw first
-            if free and (self.step_done % c.sample_interval == 0 or self.step_done == c.max_steps):
+            if free and due(c.sample_interval):
                 grids += [g for g in [self.may_fail("the sample grid", self.grid)] if g]; last = next((r for r in reversed(self.history) if "ldm" in r), {})
                 self.acc.print(f"step {self.step_done}: " + ", ".join(f"{k} {last[k]:.4f}" for k in ("ldm", "lpips", "face") if last.get(k) is not None))
             if c.validation_steps and self.step_done % c.validation_steps == 0 and free: self.validate(log)
-            if (self.step_done % c.checkpointing_steps == 0 or self.step_done == c.max_steps) and self.acc.is_main_process: self.checkpoint()
+            if due(c.checkpointing_steps) and self.acc.is_main_process: self.checkpoint()
             self.clock += time.perf_counter() - side; self._stop_if(asked)
 
 @patch
 def begin(self:Trainer):
     "Write down what this run is; returns its folder."
-    self.write(config=asdict(self.config), data=dict(processes=self.acc.num_processes, **{k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items() if s}))
-    self.may_fail(self.config.report_to, self.acc.init_trackers, "tensorboard" if self.config.report_to == "tensorboard" else "masked_ldm", {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}); return self.path
+    c, known = self.config, self.path/"tracker.json"; who = json.loads(known.read_text())["id"] if c.resume and known.is_file() else uuid.uuid4().hex[:12]
+    self.write(config=asdict(c), data=dict(processes=self.acc.num_processes, **{k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items() if s}))
+    if c.report_to in ("wandb", "trackio"): self.write(tracker=dict(id=who))   # a resumed run goes on in the same curve
+    self.may_fail(c.report_to, self.acc.init_trackers, "tensorboard" if c.report_to == "tensorboard" else "masked_ldm", {k: v for k, v in asdict(c).items() if isinstance(v, (int, float, str))},
+                  init_kwargs=dict(wandb=dict(id=who, name=self.path.name, resume="allow"), trackio=dict(name=f"{self.path.name}-{who}", resume="allow"))); return self.path
 
 @patch
 def end(self:Trainer):
     "Judge, save, close; returns the metrics, or None where nothing is judged."
-    self.acc.wait_for_everyone(); metrics = None
+    self.gather(); self.acc.wait_for_everyone(); metrics = None
     if self.acc.is_main_process:
         with self.averaged() as branch: branch.save_pretrained(self.path/"controlnet")   # saved before anything else can go wrong
         metrics = self.judge(); self.finish(metrics)
@@ -436,7 +467,7 @@ def train(config, # `TrainConfig`
         return RunResult(path, config, run.history, norms, run.end(), grids)
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e) or isinstance(e, OutOfMemory): raise
-        raise OutOfMemory(f"out of memory outside the steps ({str(e).splitlines()[0]}); try one or more of: {advice(config, started=False)}") from None
+        raise OutOfMemory(f"out of memory outside the steps ({str(e).splitlines()[0]}); try {advice(config, processes().device, processes().num_processes, False)}") from None
     finally: unlock(path)
 
 # %% ../nbs/05_train.ipynb #f5f5fcb8

@@ -102,6 +102,7 @@ def test_workers_read_the_same(made, context):
 def test_cached_run_is_the_run(tmp_path, quick):
     "Three steps with and without, empty prompts included; killed cache, resumed run."
     from masked_ldm.train import TrainConfig, train
+    quick = {**quick, "cache_dir": str(tmp_path/"cache")}
     curves = {}
     for on in (False, True):
         r = train(TrainConfig.make(**{**quick, "out_dir": str(tmp_path/str(on)), "max_steps": 3, "val_pictures": 0, "T": 400, "proportion_empty_prompts": .4, "cache_latents": on})); curves[on] = r.history
@@ -114,6 +115,7 @@ def test_cached_run_is_the_run(tmp_path, quick):
 def test_two_processes_share_the_encoding(tmp_path, quick, monkeypatch):
     "Each makes its part, both read the whole; the curve is that of one process."
     from masked_ldm.train import TrainConfig, train
+    quick = {**quick, "cache_dir": str(tmp_path/"cache")}
     one = train(TrainConfig.make(**{**quick, "val_pictures": 0, "max_steps": 2, "cache_latents": True})); two = {**quick, "val_pictures": 0, "max_steps": 2, "cache_latents": "true", "out_dir": str(tmp_path/"two"), "cache_dir": str(tmp_path/"other")}
     code, text = train_by_two(two); assert code == 0, text
     assert json.loads((tmp_path/"two"/"data.json").read_text())["processes"] == 2

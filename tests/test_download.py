@@ -12,6 +12,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         s = self.server; first = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0]); s.asked.append((self.path, first)); mood = s.moods.get(self.path, s.mood)
         if isinstance(mood, list): mood = mood.pop(0) if mood else None
         if s.slow: time.sleep(s.slow)
+        if s.holds and len(s.asked) > s.holds: s.go.wait(60)
         if s.dead and len(s.asked) > s.dead: self.close_connection = True; return self.connection.close()
         path = s.folder/self.path.lstrip("/")
         if isinstance(mood, int) or not path.is_file(): return self.send_error(mood or 404)
@@ -29,10 +30,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def served(world, tmp_path):
     "(server, COCO root with annotations only)"
-    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler); s.folder, s.moods, s.mood, s.asked, s.slow, s.dead, s.tags, s.heeds = Path(world), {}, None, [], 0, 0, (), True; s.url = f"http://127.0.0.1:{s.server_port}"
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler); s.folder, s.moods, s.mood, s.asked, s.slow, s.dead, s.tags, s.heeds, s.holds, s.go = Path(world), {}, None, [], 0, 0, (), True, 0, threading.Event(); s.url = f"http://127.0.0.1:{s.server_port}"
     threading.Thread(target=s.serve_forever, daemon=True).start(); root = tmp_path/"coco"; shutil.copytree(Path(world)/"annotations", root/"annotations")
     yield s, root
-    s.shutdown(); s.server_close()
+    s.go.set(); s.shutdown(); s.server_close()
 
 def download(s, root, split="val", **kw):
     from masked_ldm.download import download_pictures
@@ -210,9 +211,9 @@ def test_annotations_that_are_none(what, said, served, tmp_path):
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_and_gone_on_with(signum, code, served):
-    s, root = served; s.slow = .25; args = ["download", str(root), "--mirror", s.url, "--split", "train", "--workers", "2", "--min_area", "0"]
+    s, root = served; s.holds = 6; args = ["download", str(root), "--mirror", s.url, "--split", "train", "--workers", "2", "--min_area", "0"]
     p = subprocess.Popen([sys.executable, "-m", "masked_ldm.data_command", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True); end = time.time() + 120
-    while len(s.asked) < 6: assert time.time() < end and p.poll() is None; time.sleep(.02)
-    p.send_signal(signum); text = p.communicate(timeout=60)[0]; assert p.returncode == code and "Traceback" not in text, text
+    while len(s.asked) < 8: assert time.time() < end and p.poll() is None; time.sleep(.02)   # both workers wait for pictures that the server holds back
+    p.send_signal(signum); time.sleep(.2); s.go.set(); text = p.communicate(timeout=60)[0]; assert p.returncode == code and "Traceback" not in text, text
     if signum == signal.SIGINT: assert "stopped; what is done stays" in text
-    there = names(root, "train"); assert there and same(s, root, "train"); s.slow = 0; s.asked.clear(); r = download(s, root, "train"); assert not r["failed"] and same(s, root, "train") and not {p.split("/")[-1] for p, _ in s.asked} & set(there)
+    there = names(root, "train"); assert there and same(s, root, "train"); s.holds = 0; s.asked.clear(); r = download(s, root, "train"); assert not r["failed"] and same(s, root, "train") and not {p.split("/")[-1] for p, _ in s.asked} & set(there)
