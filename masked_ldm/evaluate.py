@@ -115,7 +115,7 @@ def evaluate(runs,                # run folders or Hub ids that share a base
     pictures = dict(real=data.real) | {k: [Image.open(f).convert("RGB") for f in v] for k, v in files.items()}; judged = {k: judges(v, data) for k, v in pictures.items()}
     report = dict(what="pictures of held-out prompts, judged", command=command(runs, **given) if runs else None, runs={k: run_settings(c) for k, c in configs.items() if c}, weights=_json(out/"set.json")["models"])
     report |= dict(protocol=protocol, n=len(data.prompts), seed=seed, settings=p) | _numbers(judged, judges, data, out) | dict(paper_rows={k: paper_row(c) for k, c in configs.items()})
-    how = dict(n=min(n, 64), levels=(20, 60, 100, 200, 400), seed=seed + 1); one_step, notes = judge_runs(dict(zip(list(models)[1:], folders)), device=device, **how) if runs else ({}, [])
+    how = dict(n=min(n, 64), levels=[20, 60, 100, 200, 400], seed=seed + 1); one_step, notes = judge_runs(dict(zip(list(models)[1:], folders)), device=device, **how) if runs else ({}, [])
     report |= dict(one_step=one_step, one_step_settings=how, notes=judges.notes + notes, provenance=provenance(device))
     (out/"evaluation.json").write_text(json.dumps(report, indent=1)); compare_grid(models, PROMPTS, seed, **p).save(out/"grid.png"); failures(pictures, judged, data.prompts)[0].save(out/"failures.png")
     return report
