@@ -212,7 +212,7 @@ def test_annotations_that_are_none(what, said, served, tmp_path):
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_and_gone_on_with(signum, code, served):
     s, root = served; s.holds = 6; args = ["download", str(root), "--mirror", s.url, "--split", "train", "--workers", "2", "--min_area", "0"]
-    p = subprocess.Popen([sys.executable, "-m", "masked_ldm.data_command", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True); end = time.time() + 120
+    p = subprocess.Popen([sys.executable, "-m", "masked_ldm.data_command", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)); end = time.time() + 120   # a shell in the background has it ignored
     while len(s.asked) < 8: assert time.time() < end and p.poll() is None; time.sleep(.02)   # both workers wait for pictures that the server holds back
     p.send_signal(signum); time.sleep(.2); s.go.set(); text = p.communicate(timeout=60)[0]; assert p.returncode == code and "Traceback" not in text, text
     if signum == signal.SIGINT: assert "stopped; what is done stays" in text

@@ -49,7 +49,7 @@ def test_the_report_says_how_it_was_made(tmp_path, monkeypatch):
     e.main([str(a), str(b), "--reference", "24", "--out", str(tmp_path/"out")]); r = json.loads((tmp_path/"out"/"evaluation.json").read_text())
     assert r["command"] == f"masked-ldm-eval {a} {b} --protocol quick --reference 24 --seed 0" and r["runs"]["ours"]["T"] == 100 and r["runs"]["plain"]["T"] == 0
     assert list(r["paired"]) == ["plain minus base", "ours minus base", "ours minus plain"] and {"difference", "difference_low", "difference_high", "p", "p_holm"} <= set(r["paired"]["ours minus plain"]["joints"])
-    assert set(r["distance_pairs"]["whole"]["ours minus plain"]) == {"difference", "low", "high", "p"} and "people 2200 to 3199" in r["reference_is"] and "judge" in r["judges"]["joints"]
+    assert set(r["distance_pairs"]["whole"]["ours minus plain"]) == {"difference", "low", "high", "p", "kid"} and "people 2200 to 3199" in r["reference_is"] and "judge" in r["judges"]["joints"]
     assert r["provenance"]["versions"]["torch"] and (r["provenance"]["commit"] or not (e.Path(__file__).parent.parent/".git").exists())
 
 def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
