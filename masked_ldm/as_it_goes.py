@@ -10,39 +10,78 @@ import torch
 from torch.autograd.function import once_differentiable
 
 # %% ../nbs/03b_as_it_goes.ipynb #415017ed
-def gradient_of(v, # numbers, computed from `x`
-                x, # tensor with gradient
-               ): # gradient of v.sum() towards x, float32 or wider; zeros if v does not depend on x
+def gradient_of(
+    v,  # numbers, computed from `x`
+    x,  # tensor with gradient
+):  # gradient of v.sum() towards x, float32 or wider; zeros if v does not depend on x
     "A gradient that survives half precision."
-    if not v.requires_grad: return torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype))   # computed under no_grad: dead, and `check_gradients` will say so
-    kind = x.device.type; half = torch.float16 in (x.dtype, v.dtype) or torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    for scale in (2.**16, 2.**8, 1.) if half else (1.,):
-        g, = torch.autograd.grad(v.float().sum()*scale if half else v.sum(), x, retain_graph=scale > 1)
-        if scale == 1 or g.isfinite().all(): return g.to(torch.promote_types(torch.float32, g.dtype))/scale
+    if not v.requires_grad:
+        return torch.zeros_like(
+            x, dtype=torch.promote_types(torch.float32, x.dtype)
+        )  # computed under no_grad: dead, and `check_gradients` will say so
+    kind = x.device.type
+    half = (
+        torch.float16 in (x.dtype, v.dtype)
+        or torch.is_autocast_enabled(kind)
+        and torch.get_autocast_dtype(kind) == torch.float16
+    )
+    for scale in (2.0**16, 2.0**8, 1.0) if half else (1.0,):
+        (g,) = torch.autograd.grad(
+            v.float().sum() * scale if half else v.sum(), x, retain_graph=scale > 1
+        )
+        if scale == 1 or g.isfinite().all():
+            return g.to(torch.promote_types(torch.float32, g.dtype)) / scale
+
 
 class _AsItGoes(torch.autograd.Function):
     "Values of a function of rows, and on the way their gradient."
+
     @staticmethod
     def forward(ctx, x, work):
         out, grad = None, torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype))
         for rows, cut, f in work:
-            if not all(c is ... or isinstance(c, slice) for c in (cut if isinstance(cut, tuple) else (cut,))): raise TypeError(f"cut must be slices, not {cut!r}")   # other indices copy, and the gradient would go into the copy
-            with torch.enable_grad(): p = x[rows][cut].detach().requires_grad_(); v = f(p); g = gradient_of(v, p)
-            grad[cut].index_add_(0, rows, g.to(grad)); out = _added(out, v.detach(), rows, x)
-        ctx.save_for_backward(grad); ctx.dtype = x.dtype; return _none(x) if out is None else out
+            if not all(
+                c is ... or isinstance(c, slice)
+                for c in (cut if isinstance(cut, tuple) else (cut,))
+            ):
+                raise TypeError(
+                    f"cut must be slices, not {cut!r}"
+                )  # other indices copy, and the gradient would go into the copy
+            with torch.enable_grad():
+                p = x[rows][cut].detach().requires_grad_()
+                v = f(p)
+                g = gradient_of(v, p)
+            grad[cut].index_add_(0, rows, g.to(grad))
+            out = _added(out, v.detach(), rows, x)
+        ctx.save_for_backward(grad)
+        ctx.dtype = x.dtype
+        return _none(x) if out is None else out
+
     @staticmethod
     @once_differentiable
-    def backward(ctx, g): grad, = ctx.saved_tensors; return (g.view(-1, *[1]*(grad.ndim-1))*grad).to(ctx.dtype), None
+    def backward(ctx, g):
+        (grad,) = ctx.saved_tensors
+        return (g.view(-1, *[1] * (grad.ndim - 1)) * grad).to(ctx.dtype), None
 
-def _none(x): return x.new_zeros(len(x), dtype=torch.promote_types(torch.float32, x.dtype))
-def _added(out, v, rows, x): return (torch.zeros(len(x), device=v.device, dtype=v.dtype) if out is None else out).index_add(0, rows, v)
+
+def _none(x):
+    return x.new_zeros(len(x), dtype=torch.promote_types(torch.float32, x.dtype))
+
+
+def _added(out, v, rows, x):
+    return (torch.zeros(len(x), device=v.device, dtype=v.dtype) if out is None else out).index_add(
+        0, rows, v
+    )
 
 # %% ../nbs/03b_as_it_goes.ipynb #3bd3eff1
-def as_it_goes(x,    # (N, ...) pictures, crops, ...
-               work, # yields (rows (n,) of x, cut, f): f takes x[rows][cut] (n, ...) to (n,) values; `cut` is slices, ... for all; a row that comes again adds up
-              ): # (N,) float32 or wider, 0 for rows that never come; differentiable once, towards `x` only
+def as_it_goes(
+    x,  # (N, ...) pictures, crops, ...
+    work,  # yields (rows (n,) of x, cut, f): f takes x[rows][cut] (n, ...) to (n,) values; `cut` is slices, ... for all; a row that comes again adds up
+):  # (N,) float32 or wider, 0 for rows that never come; differentiable once, towards `x` only
     "Sums of a function over rows, with the activations of one piece of work at a time. Raises TypeError for a cut that is not slices."
-    if torch.is_grad_enabled() and x.requires_grad: return _AsItGoes.apply(x, work)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _AsItGoes.apply(x, work)
     out = None
-    for rows, cut, f in work: out = _added(out, f(x[rows][cut]), rows, x)
+    for rows, cut, f in work:
+        out = _added(out, f(x[rows][cut]), rows, x)
     return _none(x) if out is None else out

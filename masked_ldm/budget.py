@@ -10,80 +10,178 @@ __all__ = ['switch_table', 'format_table', 'fit', 'would_fit', 'announce', 'anno
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
+
 import torch
+
 from .plan import plan, throughput
 
 # %% ../nbs/05f_budget.ipynb #cdc11eef
-_SWITCHES = dict(bf16=dict(mixed_precision="bf16"), checkpoint_vae=dict(checkpoint_vae=True), decode_batch=dict(decode_batch=1), checkpoint_unet=dict(checkpoint_unet=True), checkpoint_branch=dict(checkpoint_branch=True), use_8bit_adam=dict(use_8bit_adam=True))
+_SWITCHES = dict(
+    bf16=dict(mixed_precision="bf16"),
+    checkpoint_vae=dict(checkpoint_vae=True),
+    decode_batch=dict(decode_batch=1),
+    checkpoint_unet=dict(checkpoint_unet=True),
+    checkpoint_branch=dict(checkpoint_branch=True),
+    use_8bit_adam=dict(use_8bit_adam=True),
+)
 
-def switch_table(config,     # `TrainConfig`, with the switches off that one wants to see
-                 switches=None, # {name: settings}, added in turn; None: those that save memory
-                 speed=None, # TFLOP a second, from `throughput`
-                 processes=1):
+
+def switch_table(
+    config,  # `TrainConfig`, with the switches off that one wants to see
+    switches=None,  # {name: settings}, added in turn; None: those that save memory
+    speed=None,  # TFLOP a second, from `throughput`
+    processes=1,
+):
     "[(name, `Plan`)]: the run as it is, then with each switch added."
     rows = [("as given", plan(config, processes, speed=speed))]
-    for name, given in (_SWITCHES if switches is None else switches).items(): config = replace(config, **given); rows.append((name, plan(config, processes, speed=speed)))
+    for name, given in (_SWITCHES if switches is None else switches).items():
+        config = replace(config, **given)
+        rows.append((name, plan(config, processes, speed=speed)))
     return rows
 
-def format_table(rows): # from `switch_table`
+
+def format_table(rows):  # from `switch_table`
     "The table as text."
-    head = f"{'':20s}{'GiB':>7s}" + "".join(f"{k:>11s}" for k in rows[0][1].memory if k != "total") + f"{'TFLOP':>9s}" + (f"{'seconds':>9s}" if rows[0][1].speed else "")
-    return "\n".join([head, *(f"{n:20s}{p.gib:7.2f}" + "".join(f"{v:11.2f}" for k, v in p.memory.items() if k != "total") + f"{p.tflop:9.2f}" + (f"{p.seconds:9.2f}" if p.speed else "") for n, p in rows)])
+    head = (
+        f"{'':20s}{'GiB':>7s}"
+        + "".join(f"{k:>11s}" for k in rows[0][1].memory if k != "total")
+        + f"{'TFLOP':>9s}"
+        + (f"{'seconds':>9s}" if rows[0][1].speed else "")
+    )
+    return "\n".join(
+        [
+            head,
+            *(
+                f"{n:20s}{p.gib:7.2f}"
+                + "".join(f"{v:11.2f}" for k, v in p.memory.items() if k != "total")
+                + f"{p.tflop:9.2f}"
+                + (f"{p.seconds:9.2f}" if p.speed else "")
+                for n, p in rows
+            ),
+        ]
+    )
 
 # %% ../nbs/05f_budget.ipynb #cd53b6ca
-def fit(config,   # `TrainConfig`
-        gib,      # what may be used
-        processes=1,
-        more=()): # settings that change the training, as dicts, added in turn where the others do not suffice
+def fit(
+    config,  # `TrainConfig`
+    gib,  # what may be used
+    processes=1,
+    more=(),
+):  # settings that change the training, as dicts, added in turn where the others do not suffice
     "{setting: value} to change so that a run fits, with the least work; {} if it does already, None if nothing helps."
-    names = ("checkpoint_vae", "checkpoint_unet", "checkpoint_branch"); share = max(1, config.batch_size//processes)
-    parts = [{}] + [dict(gradient_accumulation_steps=k) for k in range(2, share+1) if share % k == 0]
-    options = [dict(zip(names, on)) | few | cut for on in product((False, True), repeat=3) for few in ({}, dict(decode_batch=1)) for cut in parts]; given = {}
+    names = ("checkpoint_vae", "checkpoint_unet", "checkpoint_branch")
+    share = max(1, config.batch_size // processes)
+    parts = [{}] + [
+        dict(gradient_accumulation_steps=k) for k in range(2, share + 1) if share % k == 0
+    ]
+    options = [
+        dict(zip(names, on)) | few | cut
+        for on in product((False, True), repeat=3)
+        for few in ({}, dict(decode_batch=1))
+        for cut in parts
+    ]
+    given = {}
     for extra in ({}, *more):
-        given |= extra; best = None
+        given |= extra
+        best = None
         for o in options:
-            new = {k: v for k, v in (given | o).items() if v and getattr(config, k) != v and not (k in names and config.gradient_checkpointing)}; p = plan(replace(config, **new), processes)
+            new = {
+                k: v
+                for k, v in (given | o).items()
+                if v
+                and getattr(config, k) != v
+                and not (k in names and config.gradient_checkpointing)
+            }
+            p = plan(replace(config, **new), processes)
             rank = (p.tflop, len(new), new.get("gradient_accumulation_steps", 1), p.gib)
-            if p.gib <= gib and (best is None or rank < best[0]): best = rank, new
-        if best: return best[1]
+            if p.gib <= gib and (best is None or rank < best[0]):
+                best = rank, new
+        if best:
+            return best[1]
 
 # %% ../nbs/05f_budget.ipynb #5058215f
-def would_fit(config,   # `TrainConfig`
-              gib,      # what may be used
-              processes=1,
-              started=False): # may only be changed what leaves the curve of a run as it is
+def would_fit(
+    config,  # `TrainConfig`
+    gib,  # what may be used
+    processes=1,
+    started=False,
+):  # may only be changed what leaves the curve of a run as it is
     "Settings with which a run would fit, and what they are planned to need; or what else there is to do."
-    help = fit(config, gib, processes, () if started else [dict(mixed_precision="bf16"), *([dict(use_8bit_adam=True)] if find_spec("bitsandbytes") else [])]); now = plan(config, processes).gib
-    if not help: return "a smaller size, or a card with more memory" if help is None else "more memory left to it"
-    return ", ".join(f"{k}={v}" for k, v in help.items()) + f" (planned {plan(replace(config, **help), processes).gib:.3g} GiB, {now:.3g} as it is)"
+    help = fit(
+        config,
+        gib,
+        processes,
+        ()
+        if started
+        else [
+            dict(mixed_precision="bf16"),
+            *([dict(use_8bit_adam=True)] if find_spec("bitsandbytes") else []),
+        ],
+    )
+    now = plan(config, processes).gib
+    if not help:
+        return (
+            "a smaller size, or a card with more memory"
+            if help is None
+            else "more memory left to it"
+        )
+    return (
+        ", ".join(f"{k}={v}" for k, v in help.items())
+        + f" (planned {plan(replace(config, **help), processes).gib:.3g} GiB, {now:.3g} as it is)"
+    )
 
 # %% ../nbs/05f_budget.ipynb #c4e6e4d5
-def announce(config,    # `TrainConfig`
-             have,      # GiB that are free
-             name="the device",
-             processes=1,
-             speed=None): # TFLOP a second
+def announce(
+    config,  # `TrainConfig`
+    have,  # GiB that are free
+    name="the device",
+    processes=1,
+    speed=None,
+):  # TFLOP a second
     "What a run says about itself before it loads anything."
-    p = plan(config, processes, speed=speed); said = f"planned: {p}, on {name} with {have:.1f} GiB free"
-    return said if p.gib < .92*have else f"{said}; that will not fit, but this would: {would_fit(config, .92*have, processes, bool(config.resume))}"
+    p = plan(config, processes, speed=speed)
+    said = f"planned: {p}, on {name} with {have:.1f} GiB free"
+    return (
+        said
+        if p.gib < 0.92 * have
+        else f"{said}; that will not fit, but this would: {would_fit(config, 0.92 * have, processes, bool(config.resume))}"
+    )
 
-def announced(config, device, processes=1): # `TrainConfig`; where it runs
+
+def announced(config, device, processes=1):  # `TrainConfig`; where it runs
     "`announce` for a GPU, None elsewhere."
-    if torch.device(device).type != "cuda": return None
-    return announce(config, torch.cuda.mem_get_info(device)[0]/2**30, torch.cuda.get_device_name(device), processes, throughput(device, config.mixed_precision == "bf16"))
+    if torch.device(device).type != "cuda":
+        return None
+    return announce(
+        config,
+        torch.cuda.mem_get_info(device)[0] / 2**30,
+        torch.cuda.get_device_name(device),
+        processes,
+        throughput(device, config.mixed_precision == "bf16"),
+    )
 
 # %% ../nbs/05f_budget.ipynb #963e43a1
 class OutOfMemory(RuntimeError):
     "There was not enough memory for a step; the message says what would fit."
 
-def is_out_of_memory(e): # exception
-    "Is it about memory? Of CUDA, or of the CPU's allocator."
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(s in str(e) for s in ("out of memory", "can't allocate memory", "DefaultCPUAllocator"))
 
-def advice(config,        # `TrainConfig`
-           device="cpu",  # where it ran
-           processes=1,
-           started=True): # had it done steps?
+def is_out_of_memory(e):  # exception
+    "Is it about memory? Of CUDA, or of the CPU's allocator."
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(
+        s in str(e) for s in ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+    )
+
+
+def advice(
+    config,  # `TrainConfig`
+    device="cpu",  # where it ran
+    processes=1,
+    started=True,
+):  # had it done steps?
     "What to try when memory did not suffice: `would_fit` with less than was planned."
-    limits = [.9*plan(config, processes).gib] + ([.92*torch.cuda.mem_get_info(device)[1]/2**30] if torch.device(device).type == "cuda" else [])
+    limits = [0.9 * plan(config, processes).gib] + (
+        [0.92 * torch.cuda.mem_get_info(device)[1] / 2**30]
+        if torch.device(device).type == "cuda"
+        else []
+    )
     return would_fit(config, min(limits), processes, started)

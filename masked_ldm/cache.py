@@ -7,224 +7,413 @@ __all__ = ['CACHE_VERSION', 'cache_bytes', 'fingerprint', 'cache_settings', 'des
            'encode_shards', 'build_cache', 'cache_folder', 'LatentCache', 'check_cache']
 
 # %% ../nbs/01e_cache.ipynb #b5b43526
-import copy, hashlib, json, os, platform, shutil
+import copy
+import hashlib
+import json
+import os
+import platform
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+
 from .show import progress
 
 # %% ../nbs/01e_cache.ipynb #cce99f9d
-def cache_bytes(pictures,  # how many
-                captions,  # of all of them together
-                side,      # of their latents
-                width,     # of a text embedding
-                mixed_precision="no", # of the run: "no" keeps float32, "bf16" bfloat16
-                tokens=77, # of a caption
-               ): # bytes
+def cache_bytes(
+    pictures,  # how many
+    captions,  # of all of them together
+    side,  # of their latents
+    width,  # of a text embedding
+    mixed_precision="no",  # of the run: "no" keeps float32, "bf16" bfloat16
+    tokens=77,  # of a caption
+):  # bytes
     "What a cache takes on disk, but for its headers."
-    return (2 if mixed_precision == "bf16" else 4)*(pictures*2*8*side**2 + captions*tokens*width)
+    return (2 if mixed_precision == "bf16" else 4) * (
+        pictures * 2 * 8 * side**2 + captions * tokens * width
+    )
 
 # %% ../nbs/01e_cache.ipynb #bddeb829
-CACHE_VERSION = 1   # of what is written here, and how it is computed
+CACHE_VERSION = 1  # of what is written here, and how it is computed
 
-def fingerprint(weights,    # {name: tensor}
-                dtype=None, # in which they are used; None: as they are
-               ): # 16 hex digits
+
+def fingerprint(
+    weights,  # {name: tensor}
+    dtype=None,  # in which they are used; None: as they are
+):  # 16 hex digits
     "The name of a network: a hash of its weights."
     h = hashlib.sha256()
-    for k, v in sorted(weights.items()): v = v.detach().to(dtype or v.dtype).cpu().contiguous(); h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode()); h.update(v.flatten().view(torch.uint8).numpy())
+    for k, v in sorted(weights.items()):
+        v = v.detach().to(dtype or v.dtype).cpu().contiguous()
+        h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+        h.update(v.flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
-def cache_settings(dataset, # `PersonDataset`
-                   base,    # `Base`
-                   mixed_precision="no", # "no" or "bf16"
-                   rows=256, # pictures a shard
-                  ): # dict of JSON values
+
+def cache_settings(
+    dataset,  # `PersonDataset`
+    base,  # `Base`
+    mixed_precision="no",  # "no" or "bf16"
+    rows=256,  # pictures a shard
+):  # dict of JSON values
     "Everything that the numbers in a cache depend on, but for the pictures and captions themselves."
-    encoder = {k: v for k, v in base.vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}; words = json.dumps(base.tokenizer.get_vocab(), sort_keys=True).encode()
-    return dict(version=CACHE_VERSION, size=dataset.size, crop=getattr(dataset, "crop", "center"), mixed_precision=mixed_precision, vae=fingerprint(encoder),
-                text_encoder=fingerprint(base.text_encoder.state_dict(), torch.bfloat16 if mixed_precision == "bf16" else None),
-                tokenizer=f"{hashlib.sha256(words).hexdigest()[:16]}-{base.tokenizer.model_max_length}", pictures=len(dataset), rows=rows)
+    encoder = {
+        k: v for k, v in base.vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))
+    }
+    words = json.dumps(base.tokenizer.get_vocab(), sort_keys=True).encode()
+    return dict(
+        version=CACHE_VERSION,
+        size=dataset.size,
+        crop=getattr(dataset, "crop", "center"),
+        mixed_precision=mixed_precision,
+        vae=fingerprint(encoder),
+        text_encoder=fingerprint(
+            base.text_encoder.state_dict(), torch.bfloat16 if mixed_precision == "bf16" else None
+        ),
+        tokenizer=f"{hashlib.sha256(words).hexdigest()[:16]}-{base.tokenizer.model_max_length}",
+        pictures=len(dataset),
+        rows=rows,
+    )
 
 # %% ../nbs/01e_cache.ipynb #7ba29738
-def _sha(data): return hashlib.sha256(data).hexdigest()
+def _sha(data):
+    return hashlib.sha256(data).hexdigest()
+
 
 def _row(dataset, settings, i):
     "[image id, hash of the picture file, hash of what the annotation adds, number of captions]"
-    r = dataset.rows[i]; path = dataset.folder/r["file_name"]
-    try: data = path.read_bytes()
-    except OSError as e: raise OSError(f"picture {path} cannot be read ({e.strerror}); fetch it again, or build the manifest anew") from None
+    r = dataset.rows[i]
+    path = dataset.folder / r["file_name"]
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise OSError(
+            f"picture {path} cannot be read ({e.strerror}); fetch it again, or build the manifest anew"
+        ) from None
     says = [r["captions"]] + ([] if settings["crop"] == "center" else [r["people"], r["faces"]])
     return [r["image_id"], _sha(data), _sha(json.dumps(says).encode()), len(r["captions"])]
 
-def describe_shard(dataset,  # `PersonDataset`
-                   settings, # from `cache_settings`
-                   k,        # number of the shard
-                  ): # dict(settings, shard, pictures)
+
+def describe_shard(
+    dataset,  # `PersonDataset`
+    settings,  # from `cache_settings`
+    k,  # number of the shard
+):  # dict(settings, shard, pictures)
     "What shard `k` must hold. Raises OSError that names a picture that cannot be read."
-    n = settings["rows"]; return dict(settings=settings, shard=k, pictures=[_row(dataset, settings, i) for i in range(k*n, min((k+1)*n, len(dataset)))])
+    n = settings["rows"]
+    return dict(
+        settings=settings,
+        shard=k,
+        pictures=[_row(dataset, settings, i) for i in range(k * n, min((k + 1) * n, len(dataset)))],
+    )
 
 # %% ../nbs/01e_cache.ipynb #5d4b1a70
 def _digest(tensors, about):
     "Hash of a shard's content."
     h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for k in sorted(tensors): v = tensors[k].contiguous(); h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode()); h.update(v.flatten().view(torch.uint8).numpy())
+    for k in sorted(tensors):
+        v = tensors[k].contiguous()
+        h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+        h.update(v.flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
-def save_shard(path,    # of the file
-               tensors, # {name: tensor}
-               about):  # what it is, JSON
-    "Write a shard, whole or not at all. Raises OSError that names it."
-    path = Path(path); tmp = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp"); note = json.dumps(dict(about, sha256=_digest(tensors, about)), sort_keys=True)
-    try: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, dict(about=note)); os.replace(tmp, path)   # one key: safetensors writes several in any order
-    except (OSError, SafetensorError) as e: raise OSError(f"cache shard {path} cannot be written ({e}): make room, or name another cache_dir") from None
-    finally: tmp.unlink(missing_ok=True)
 
-def read_about(path): # of a shard
+def save_shard(
+    path,  # of the file
+    tensors,  # {name: tensor}
+    about,
+):  # what it is, JSON
+    "Write a shard, whole or not at all. Raises OSError that names it."
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    note = json.dumps(dict(about, sha256=_digest(tensors, about)), sort_keys=True)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, dict(about=note))
+        os.replace(tmp, path)  # one key: safetensors writes several in any order
+    except (OSError, SafetensorError) as e:
+        raise OSError(
+            f"cache shard {path} cannot be written ({e}): make room, or name another cache_dir"
+        ) from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def read_about(path):  # of a shard
     "What a shard says of itself. Raises ValueError, or FileNotFoundError, that names it."
     try:
-        with safe_open(path, "pt") as f: return json.loads((f.metadata() or {})["about"])
-    except FileNotFoundError: raise FileNotFoundError(f"cache shard {path} is missing") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as e: raise ValueError(f"cache shard {path} cannot be read ({str(e).splitlines()[0]})") from None
+        with safe_open(path, "pt") as f:
+            return json.loads((f.metadata() or {})["about"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"cache shard {path} is missing") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        raise ValueError(f"cache shard {path} cannot be read ({str(e).splitlines()[0]})") from None
 
 # %% ../nbs/01e_cache.ipynb #dbc37bd6
-def stale(path,  # of a shard
-          about, # what it must hold, from `describe_shard`
-         ): # None, or what is wrong with it
+def stale(
+    path,  # of a shard
+    about,  # what it must hold, from `describe_shard`
+):  # None, or what is wrong with it
     "Read a shard whole, and say why it cannot be used."
     try:
-        have = read_about(path); sha = have.pop("sha256", None)
-        with safe_open(path, "pt") as f: tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except FileNotFoundError: return "is missing"
-    except (ValueError, SafetensorError, OSError): return "is not a whole shard"
-    old, new = have.get("settings", {}), about["settings"]; off = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in new.items() if old.get(k) != v]
-    if off: return f"is of another kind: {', '.join(off)}"
-    if have.get("pictures") != about["pictures"] or have.get("shard") != about["shard"]: return "has other pictures or captions"
-    return None if sha == _digest(tensors, have) else "is corrupt: its numbers are not those that were written"
+        have = read_about(path)
+        sha = have.pop("sha256", None)
+        with safe_open(path, "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f}
+    except FileNotFoundError:
+        return "is missing"
+    except (ValueError, SafetensorError, OSError):
+        return "is not a whole shard"
+    old, new = have.get("settings", {}), about["settings"]
+    off = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in new.items() if old.get(k) != v]
+    if off:
+        return f"is of another kind: {', '.join(off)}"
+    if have.get("pictures") != about["pictures"] or have.get("shard") != about["shard"]:
+        return "has other pictures or captions"
+    return (
+        None
+        if sha == _digest(tensors, have)
+        else "is corrupt: its numbers are not those that were written"
+    )
 
 # %% ../nbs/01e_cache.ipynb #ae0b746b
-def _pixels(samples): return torch.stack([s["pixels"] for s in samples])
+def _pixels(samples):
+    return torch.stack([s["pixels"] for s in samples])
+
 
 def _numbers(f, dtype, base, where):
     "What an encoder says, in the cache's precision, on the CPU."
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16): v = f()
-    if not v.isfinite().all(): raise ValueError(f"an encoder gave numbers that are not finite for one of the pictures {where}: look at them, or use mixed_precision='no'")
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        v = f()
+    if not v.isfinite().all():
+        raise ValueError(
+            f"an encoder gave numbers that are not finite for one of the pictures {where}: look at them, or use mixed_precision='no'"
+        )
     return v.to(dtype).cpu()
 
-def encode_shards(dataset,   # `PersonDataset`
-                  base,      # `Base`
-                  abouts,    # of the shards, from `describe_shard`
-                  workers=0, # processes that read pictures
-                 ): # yields (about, dict(moments (n,2,8,h,w), text (m,77,D), empty (77,D)))
+
+def encode_shards(
+    dataset,  # `PersonDataset`
+    base,  # `Base`
+    abouts,  # of the shards, from `describe_shard`
+    workers=0,  # processes that read pictures
+):  # yields (about, dict(moments (n,2,8,h,w), text (m,77,D), empty (77,D)))
     "Encode shards: each picture and its mirror image, all captions, and the empty one."
-    s = abouts[0]["settings"]; n, per = s["rows"], max(1, min(4, 2*512**2//s["size"]**2)); dtype = torch.bfloat16 if s["mixed_precision"] == "bf16" else torch.float32
-    if dtype != torch.float32: base = replace(base, text_encoder=copy.deepcopy(base.text_encoder).to(dtype))   # as training has it
-    plain = copy.copy(dataset); plain.cache = None; ends = [(a["shard"]*n, a["shard"]*n + len(a["pictures"])) for a in abouts]
-    cuts = [[range(i, min(i+per, stop)) for i in range(start, stop, per)] for start, stop in ends]
-    loader = iter(DataLoader(plain, batch_sampler=[list(r) for rs in cuts for r in rs], collate_fn=_pixels, num_workers=workers))
+    s = abouts[0]["settings"]
+    n, per = s["rows"], max(1, min(4, 2 * 512**2 // s["size"] ** 2))
+    dtype = torch.bfloat16 if s["mixed_precision"] == "bf16" else torch.float32
+    if dtype != torch.float32:
+        base = replace(
+            base, text_encoder=copy.deepcopy(base.text_encoder).to(dtype)
+        )  # as training has it
+    plain = copy.copy(dataset)
+    plain.cache = None
+    ends = [(a["shard"] * n, a["shard"] * n + len(a["pictures"])) for a in abouts]
+    cuts = [[range(i, min(i + per, stop)) for i in range(start, stop, per)] for start, stop in ends]
+    loader = iter(
+        DataLoader(
+            plain,
+            batch_sampler=[list(r) for rs in cuts for r in rs],
+            collate_fn=_pixels,
+            num_workers=workers,
+        )
+    )
     for a, rs in zip(progress(abouts, "encoding"), cuts):
         moments, text = [], []
         for r in rs:
-            x = next(loader); x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1).to(base.device); ids = [dataset.rows[i]["image_id"] for i in r]
-            moments.append(_numbers(lambda: base.moments(x), dtype, base, ids).unflatten(0, (-1, 2))); text.append(_numbers(lambda: base.embed([t for i in r for t in dataset.rows[i]["captions"]]), dtype, base, ids))
-        yield a, dict(moments=torch.cat(moments), text=torch.cat(text), empty=_numbers(lambda: base.embed([""]), dtype, base, [])[0])
+            x = next(loader)
+            x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1).to(base.device)
+            ids = [dataset.rows[i]["image_id"] for i in r]
+            moments.append(
+                _numbers(lambda: base.moments(x), dtype, base, ids).unflatten(0, (-1, 2))
+            )
+            text.append(
+                _numbers(
+                    lambda: base.embed([t for i in r for t in dataset.rows[i]["captions"]]),
+                    dtype,
+                    base,
+                    ids,
+                )
+            )
+        yield (
+            a,
+            dict(
+                moments=torch.cat(moments),
+                text=torch.cat(text),
+                empty=_numbers(lambda: base.embed([""]), dtype, base, [])[0],
+            ),
+        )
 
 # %% ../nbs/01e_cache.ipynb #40c8cd21
 def _alive(pid):
     "Does a process of this machine have this number?"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except OSError: return True   # it is somebody else's
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # it is somebody else's
     return True
 
-def _sweep(path): # of a shard
+
+def _sweep(path):  # of a shard
     "Remove what killed passes left half written. A pass that still runs keeps its file, and so does one on another machine, of which nothing is known here."
     for p in path.parent.glob(f".{path.name}.{platform.node()}.*.tmp"):
         pid = p.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)): p.unlink(missing_ok=True)
+        if pid.isdigit() and not _alive(int(pid)):
+            p.unlink(missing_ok=True)
 
 # %% ../nbs/01e_cache.ipynb #ee23eedd
 def _room(folder, abouts, base):
     "Raise OSError if what is to be made does not fit on the disk."
-    s = abouts[0]["settings"]; n, captions = (sum(f(a) for a in abouts) for f in (lambda a: len(a["pictures"]), lambda a: sum(p[3] for p in a["pictures"])))
-    need, free = cache_bytes(n, captions, s["size"]//base.f, base.text_encoder.config.hidden_size, s["mixed_precision"]), shutil.disk_usage(folder).free
-    if need > free: raise OSError(f"the latents of {n} pictures need {need/1e9:.1f} GB, {folder} has {free/1e9:.1f} GB left: name another cache_dir, or use cache_latents=False")
+    s = abouts[0]["settings"]
+    n, captions = (
+        sum(f(a) for a in abouts)
+        for f in (lambda a: len(a["pictures"]), lambda a: sum(p[3] for p in a["pictures"]))
+    )
+    need, free = (
+        cache_bytes(
+            n,
+            captions,
+            s["size"] // base.f,
+            base.text_encoder.config.hidden_size,
+            s["mixed_precision"],
+        ),
+        shutil.disk_usage(folder).free,
+    )
+    if need > free:
+        raise OSError(
+            f"the latents of {n} pictures need {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB left: name another cache_dir, or use cache_latents=False"
+        )
 
-def build_cache(dataset, # `PersonDataset`
-                base,    # `Base`; encodes where it is
-                folder,  # where the shards go
-                mixed_precision="no", # "no" or "bf16", as training will have it
-                shard=(0, 1), # (i, n): make every n-th shard, from the i-th
-                rows=256,     # pictures a shard
-                workers=0,    # processes that read pictures
-                say=print,    # told of what is made again
-               ): # {file name: what was wrong with it}, of the shards that were made
+
+def build_cache(
+    dataset,  # `PersonDataset`
+    base,  # `Base`; encodes where it is
+    folder,  # where the shards go
+    mixed_precision="no",  # "no" or "bf16", as training will have it
+    shard=(0, 1),  # (i, n): make every n-th shard, from the i-th
+    rows=256,  # pictures a shard
+    workers=0,  # processes that read pictures
+    say=print,  # told of what is made again
+):  # {file name: what was wrong with it}, of the shards that were made
     "Make the shards that are missing or cannot be used. Raises ValueError or OSError with one sentence."
-    i, n = shard; folder = Path(folder)
-    if not 0 <= i < n: raise ValueError(f"shard must be i/n with 0 <= i < n, not {i}/{n}")
-    folder.mkdir(parents=True, exist_ok=True); settings = cache_settings(dataset, base, mixed_precision, rows); path = lambda k: folder/f"{k:05d}.safetensors"
-    def look(k): a = describe_shard(dataset, settings, k); return a, stale(path(k), a)
-    with ThreadPoolExecutor(4) as pool: todo = [(a, why) for a, why in pool.map(look, range(i, -(-len(dataset)//rows), n)) if why]
+    i, n = shard
+    folder = Path(folder)
+    if not 0 <= i < n:
+        raise ValueError(f"shard must be i/n with 0 <= i < n, not {i}/{n}")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = cache_settings(dataset, base, mixed_precision, rows)
+
+    def path(k):
+        return folder / f"{k:05d}.safetensors"
+
+    def look(k):
+        a = describe_shard(dataset, settings, k)
+        return a, stale(path(k), a)
+
+    with ThreadPoolExecutor(4) as pool:
+        todo = [(a, why) for a, why in pool.map(look, range(i, -(-len(dataset) // rows), n)) if why]
     for a, why in todo:
         _sweep(path(a["shard"]))
-        if why != "is missing": say(f"cache shard {path(a['shard'])} {why}; it is made again")
-    if todo: _room(folder, [a for a, _ in todo], base)
-    for a, tensors in encode_shards(dataset, base, [a for a, _ in todo], workers) if todo else (): save_shard(path(a["shard"]), tensors, a)
+        if why != "is missing":
+            say(f"cache shard {path(a['shard'])} {why}; it is made again")
+    if todo:
+        _room(folder, [a for a, _ in todo], base)
+    for a, tensors in encode_shards(dataset, base, [a for a, _ in todo], workers) if todo else ():
+        save_shard(path(a["shard"]), tensors, a)
     return {path(a["shard"]).name: why for a, why in todo}
 
 # %% ../nbs/01e_cache.ipynb #6b6e8688
-def cache_folder(cache_dir, # where caches are kept
-                 dataset,   # `PersonDataset`
-                 base,      # its name, as in `TrainConfig`
-                 mixed_precision="no", # "no" or "bf16"
-                ): # path
+def cache_folder(
+    cache_dir,  # where caches are kept
+    dataset,  # `PersonDataset`
+    base,  # its name, as in `TrainConfig`
+    mixed_precision="no",  # "no" or "bf16"
+):  # path
     "Where a run looks for the cache of a data set."
-    return Path(cache_dir)/f"{dataset.info['content'][:10]}-latents-{Path(base).name}-{dataset.size}-{getattr(dataset, 'crop', 'center')}-{mixed_precision}"
+    return (
+        Path(cache_dir)
+        / f"{dataset.info['content'][:10]}-latents-{Path(base).name}-{dataset.size}-{getattr(dataset, 'crop', 'center')}-{mixed_precision}"
+    )
 
 # %% ../nbs/01e_cache.ipynb #2b6848f4
 class LatentCache:
     "A finished cache; `PersonDataset(..., cache=LatentCache(folder))` reads from it."
-    def __init__(self, folder): # from `build_cache`. Raises ValueError or FileNotFoundError if a shard is not there
-        self.folder, self._files = Path(folder), {}; self.settings = read_about(self._path(0))["settings"]; self.rows, self._first, self._pictures, self.hashes = self.settings["rows"], [], [], []
-        for k in range(-(-self.settings["pictures"]//self.rows)):
-            a = read_about(self._path(k)); counts = [p[3] for p in a["pictures"]]
-            if a["settings"] != self.settings or a["shard"] != k: raise ValueError(f"cache shard {self._path(k)} does not belong to {self._path(0)}: build_cache makes it again")
-            self._first.append([sum(counts[:i]) for i in range(len(counts))]); self._pictures += [(p[0], p[3]) for p in a["pictures"]]; self.hashes.append(a.get("sha256"))
 
-    def _path(self, k): return self.folder/f"{k:05d}.safetensors"
-    def __len__(self): return self.settings["pictures"]
-    def __getstate__(self): return dict(self.__dict__, _files={})   # a spawned worker opens its own
+    def __init__(
+        self, folder
+    ):  # from `build_cache`. Raises ValueError or FileNotFoundError if a shard is not there
+        self.folder, self._files = Path(folder), {}
+        self.settings = read_about(self._path(0))["settings"]
+        self.rows, self._first, self._pictures, self.hashes = self.settings["rows"], [], [], []
+        for k in range(-(-self.settings["pictures"] // self.rows)):
+            a = read_about(self._path(k))
+            counts = [p[3] for p in a["pictures"]]
+            if a["settings"] != self.settings or a["shard"] != k:
+                raise ValueError(
+                    f"cache shard {self._path(k)} does not belong to {self._path(0)}: build_cache makes it again"
+                )
+            self._first.append([sum(counts[:i]) for i in range(len(counts))])
+            self._pictures += [(p[0], p[3]) for p in a["pictures"]]
+            self.hashes.append(a.get("sha256"))
+
+    def _path(self, k):
+        return self.folder / f"{k:05d}.safetensors"
+
+    def __len__(self):
+        return self.settings["pictures"]
+
+    def __getstate__(self):
+        return dict(self.__dict__, _files={})  # a spawned worker opens its own
 
     def _tensor(self, k, name):
-        if k not in self._files: self._files[k] = safe_open(self._path(k), "pt")
+        if k not in self._files:
+            self._files[k] = safe_open(self._path(k), "pt")
         return self._files[k].get_slice(name)
 
-    def read(self, i, flip=False, k=0): # number of the picture; mirrored?; number of the caption
+    def read(self, i, flip=False, k=0):  # number of the picture; mirrored?; number of the caption
         "dict(moments (8,h,w), text (77,D)) of one sample."
-        s, j = divmod(i, self.rows); return dict(moments=self._tensor(s, "moments")[j, int(flip)], text=self._tensor(s, "text")[self._first[s][j] + k])
+        s, j = divmod(i, self.rows)
+        return dict(
+            moments=self._tensor(s, "moments")[j, int(flip)],
+            text=self._tensor(s, "text")[self._first[s][j] + k],
+        )
 
-    def unfit(self, dataset): # `PersonDataset`
+    def unfit(self, dataset):  # `PersonDataset`
         "None, or why its samples cannot come from here. What the headers say is looked at; `check_cache` reads every number."
-        off = [f"{k} is {self.settings[k]!r}, asked for is {v!r}" for k, v in dict(size=dataset.size, crop=dataset.crop, pictures=len(dataset)).items() if self.settings[k] != v]
-        if off: return f"cache {self.folder} is of another kind: {', '.join(off)}"
+        off = [
+            f"{k} is {self.settings[k]!r}, asked for is {v!r}"
+            for k, v in dict(size=dataset.size, crop=dataset.crop, pictures=len(dataset)).items()
+            if self.settings[k] != v
+        ]
+        if off:
+            return f"cache {self.folder} is of another kind: {', '.join(off)}"
         same = self._pictures == [(r["image_id"], len(r["captions"])) for r in dataset.rows]
         return None if same else f"cache {self.folder} is of other pictures or captions"
 
     @property
-    def empty(self): return self._tensor(0, "empty")[:] # (77,D) embedding of the empty caption
+    def empty(self):
+        return self._tensor(0, "empty")[:]  # (77,D) embedding of the empty caption
 
 # %% ../nbs/01e_cache.ipynb #a0242089
-def check_cache(dataset, # `PersonDataset`
-                base,    # `Base`, whose weights must be those that encoded
-                folder,  # from `build_cache`
-                mixed_precision="no", # "no" or "bf16"
-               ): # `LatentCache`
+def check_cache(
+    dataset,  # `PersonDataset`
+    base,  # `Base`, whose weights must be those that encoded
+    folder,  # from `build_cache`
+    mixed_precision="no",  # "no" or "bf16"
+):  # `LatentCache`
     "Open a cache whose every shard is whole, and of these pictures, captions and weights. Raises ValueError or OSError that names the shard and says why not."
-    cache = LatentCache(folder); settings = cache_settings(dataset, base, mixed_precision, cache.rows); last = -(-max(len(cache), len(dataset))//cache.rows)
+    cache = LatentCache(folder)
+    settings = cache_settings(dataset, base, mixed_precision, cache.rows)
+    last = -(-max(len(cache), len(dataset)) // cache.rows)
     for k in range(last):
-        if why := stale(cache._path(k), describe_shard(dataset, settings, k)): raise ValueError(f"cache shard {cache._path(k)} {why}: build_cache (masked-ldm-data cache) makes it again")
+        if why := stale(cache._path(k), describe_shard(dataset, settings, k)):
+            raise ValueError(
+                f"cache shard {cache._path(k)} {why}: build_cache (masked-ldm-data cache) makes it again"
+            )
     return cache

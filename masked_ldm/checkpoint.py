@@ -7,146 +7,269 @@ __all__ = ['flat_state', 'load_flat_state', 'save_checkpoint', 'verify', 'latest
            'forget_locks', 'Stopped', 'stop_requests']
 
 # %% ../nbs/05b_checkpoint.ipynb #92b01a81
-import hashlib, json, os, re, shutil, signal, threading, warnings
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/05b_checkpoint.ipynb #0c47e67e
-def _flat(state, at): # tensors and whole numbers, in dicts in dicts
-    for k, v in state.items(): yield from _flat(v, f"{at}{k}.") if isinstance(v, dict) else [(f"{at}{k}", torch.as_tensor(v).detach().to("cpu", copy=k.startswith("qmap")).contiguous())]   # 8-bit AdamW shares its maps
+def _flat(state, at):  # tensors and whole numbers, in dicts in dicts
+    for k, v in state.items():
+        yield from (
+            _flat(v, f"{at}{k}.")
+            if isinstance(v, dict)
+            else [
+                (
+                    f"{at}{k}",
+                    torch.as_tensor(v).detach().to("cpu", copy=k.startswith("qmap")).contiguous(),
+                )
+            ]
+        )  # 8-bit AdamW shares its maps
 
-def flat_state(optimizer): # torch optimiser whose state is tensors and whole numbers, bitsandbytes' too
+
+def flat_state(
+    optimizer,
+):  # torch optimiser whose state is tensors and whole numbers, bitsandbytes' too
     "({'0.exp_avg': tensor, ...}, param_groups) of an optimiser."
     s = optimizer.state_dict()
     return dict(_flat(s["state"], "")), s["param_groups"]
 
-def load_flat_state(optimizer, tensors, groups): # as `flat_state` returned them
+
+def load_flat_state(optimizer, tensors, groups):  # as `flat_state` returned them
     "Put a flat state back. Raises ValueError if it belongs to other weights."
     have = optimizer.state_dict()["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in have]: raise ValueError("the checkpoint's optimizer belongs to another set of weights")
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in have]:
+        raise ValueError("the checkpoint's optimizer belongs to another set of weights")
     state = {}
     for key, v in tensors.items():
-        i, *path, name = key.split("."); at = state.setdefault(int(i), {})
-        for p in path: at = at.setdefault(p, {})
+        i, *path, name = key.split(".")
+        at = state.setdefault(int(i), {})
+        for p in path:
+            at = at.setdefault(p, {})
         at[name] = v if v.ndim or v.is_floating_point() else v.item()
-    for old, new in zip(groups, have): old["fused"] = new.get("fused")   # how, not what
+    for old, new in zip(groups, have):
+        old["fused"] = new.get("fused")  # how, not what
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
-    for p, kept in optimizer.state.items():   # in the weight's own order of memory, which fused AdamW takes for granted
+    for (
+        p,
+        kept,
+    ) in (
+        optimizer.state.items()
+    ):  # in the weight's own order of memory, which fused AdamW takes for granted
         for k, v in kept.items():
-            if torch.is_tensor(v) and v.shape == p.shape: kept[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+            if torch.is_tensor(v) and v.shape == p.shape:
+                kept[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
 # %% ../nbs/05b_checkpoint.ipynb #31b66a86
-def _sha(path): # of a file, in pieces, so that a large one does not fill memory
+def _sha(path):  # of a file, in pieces, so that a large one does not fill memory
     h = hashlib.sha256()
     with open(path, "rb") as f:
-        while block := f.read(1 << 22): h.update(block)
+        while block := f.read(1 << 22):
+            h.update(block)
     return h.hexdigest()
 
-def save_checkpoint(folder,    # of a run's checkpoints
-                    step,      # finished steps
-                    branch,    # `ControlNetModel`
-                    optimizer, # its optimiser
-                    state,     # anything JSON: configuration, counters
-                    keep=2,    # newest checkpoints that stay
-                    spare=None, # step of a checkpoint that stays besides: the best
-                    ema=None,  # diffusers' `EMAModel` of the trained weights
-                   ): # path of the checkpoint
+
+def save_checkpoint(
+    folder,  # of a run's checkpoints
+    step,  # finished steps
+    branch,  # `ControlNetModel`
+    optimizer,  # its optimiser
+    state,  # anything JSON: configuration, counters
+    keep=2,  # newest checkpoints that stay
+    spare=None,  # step of a checkpoint that stays besides: the best
+    ema=None,  # diffusers' `EMAModel` of the trained weights
+):  # path of the checkpoint
     "Write `folder/step_NNNNNN`, whole or not at all, then drop the oldest."
-    folder = Path(folder); final, tmp = folder/f"step_{step:06d}", folder/f".tmp-step_{step:06d}"
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    folder = Path(folder)
+    final, tmp = folder / f"step_{step:06d}", folder / f".tmp-step_{step:06d}"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
     try:
-        branch.save_pretrained(tmp/"controlnet"); tensors, groups = flat_state(optimizer); save_file(tensors, tmp/"optimizer.safetensors")
-        if ema: save_file({f"{i:04d}": v.detach().cpu().contiguous() for i, v in enumerate(ema.shadow_params)}, tmp/"ema.safetensors"); state = dict(state, ema_steps=ema.optimization_step)
-        (tmp/"state.json").write_text(json.dumps(dict(step=step, groups=groups, **state), indent=1))
+        branch.save_pretrained(tmp / "controlnet")
+        tensors, groups = flat_state(optimizer)
+        save_file(tensors, tmp / "optimizer.safetensors")
+        if ema:
+            save_file(
+                {
+                    f"{i:04d}": v.detach().cpu().contiguous()
+                    for i, v in enumerate(ema.shadow_params)
+                },
+                tmp / "ema.safetensors",
+            )
+            state = dict(state, ema_steps=ema.optimization_step)
+        (tmp / "state.json").write_text(
+            json.dumps(dict(step=step, groups=groups, **state), indent=1)
+        )
         files = sorted(p for p in tmp.rglob("*") if p.is_file())
-        (tmp/"sha256.json").write_text(json.dumps({str(p.relative_to(tmp)): _sha(p) for p in files}, indent=1))
-        if final.exists(): os.replace(final, folder/f".tmp-old-{final.name}")   # the same step again: aside first
-        os.replace(tmp, final); shutil.rmtree(folder/f".tmp-old-{final.name}", ignore_errors=True)
+        (tmp / "sha256.json").write_text(
+            json.dumps({str(p.relative_to(tmp)): _sha(p) for p in files}, indent=1)
+        )
+        if final.exists():
+            os.replace(final, folder / f".tmp-old-{final.name}")  # the same step again: aside first
+        os.replace(tmp, final)
+        shutil.rmtree(folder / f".tmp-old-{final.name}", ignore_errors=True)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(tmp, ignore_errors=True); raise OSError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from None
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched"
+        ) from None
     for old in _steps(folder)[:-keep]:
-        if int(old.name[5:]) not in (spare, step): shutil.rmtree(old)
+        if int(old.name[5:]) not in (spare, step):
+            shutil.rmtree(old)
     return final
 
-def _steps(folder): return sorted((p for p in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and p.is_dir()), key=lambda p: int(p.name[5:]))
+
+def _steps(folder):
+    return sorted(
+        (
+            p
+            for p in Path(folder).glob("step_*")
+            if re.fullmatch(r"step_\d{6,}", p.name) and p.is_dir()
+        ),
+        key=lambda p: int(p.name[5:]),
+    )
 
 # %% ../nbs/05b_checkpoint.ipynb #741f5ca6
-def verify(path): # of a checkpoint folder
+def verify(path):  # of a checkpoint folder
     "Raise FileNotFoundError or ValueError that names the file, unless every byte is what was written."
-    path = Path(path); index = path/"sha256.json"
-    if not index.is_file(): raise FileNotFoundError(f"{path} is no complete checkpoint: sha256.json is missing")
-    try: want = json.loads(index.read_text())
-    except json.JSONDecodeError: raise ValueError(f"{index} is damaged") from None
+    path = Path(path)
+    index = path / "sha256.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{path} is no complete checkpoint: sha256.json is missing")
+    try:
+        want = json.loads(index.read_text())
+    except json.JSONDecodeError:
+        raise ValueError(f"{index} is damaged") from None
     for name, sha in want.items():
-        if not (path/name).is_file(): raise FileNotFoundError(f"{path/name} is missing")
-        if _sha(path/name) != sha: raise ValueError(f"{path/name} is damaged: its content is not what was saved")
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name} is missing")
+        if _sha(path / name) != sha:
+            raise ValueError(f"{path / name} is damaged: its content is not what was saved")
 
-def latest_checkpoint(folder): # of a run's checkpoints
+
+def latest_checkpoint(folder):  # of a run's checkpoints
     "Path of the newest checkpoint that is whole, or None; damaged ones are warned about and passed over, half-written ones removed."
-    for old in Path(folder).glob(".tmp-old-step_*"):   # killed while the same step was saved again: the first one comes back
-        try: final = Path(folder)/old.name[9:]; verify(old); final.exists() or os.replace(old, final)
-        except (OSError, ValueError): pass
-    for tmp in Path(folder).glob(".tmp-*"): shutil.rmtree(tmp, ignore_errors=True)
+    for old in Path(folder).glob(
+        ".tmp-old-step_*"
+    ):  # killed while the same step was saved again: the first one comes back
+        try:
+            final = Path(folder) / old.name[9:]
+            verify(old)
+            final.exists() or os.replace(old, final)
+        except (OSError, ValueError):
+            pass
+    for tmp in Path(folder).glob(".tmp-*"):
+        shutil.rmtree(tmp, ignore_errors=True)
     for path in reversed(_steps(folder)):
-        try: verify(path); return path
-        except (OSError, ValueError) as e: warnings.warn(f"passing over a checkpoint: {e}")
+        try:
+            verify(path)
+            return path
+        except (OSError, ValueError) as e:
+            warnings.warn(f"passing over a checkpoint: {e}")
 
-def load_checkpoint(path,      # of a checkpoint folder
-                    branch,    # `ControlNetModel` to fill
-                    optimizer, # its optimiser to fill
-                    ema=None,  # `EMAModel` to fill
-                   ): # the saved state, with `step`
+
+def load_checkpoint(
+    path,  # of a checkpoint folder
+    branch,  # `ControlNetModel` to fill
+    optimizer,  # its optimiser to fill
+    ema=None,  # `EMAModel` to fill
+):  # the saved state, with `step`
     "Verify a checkpoint, then put its weights, optimiser state and average back. Raises FileNotFoundError or ValueError that names the file."
-    verify(path); path = Path(path); state = json.loads((path/"state.json").read_text())
-    branch.load_state_dict(load_file(path/"controlnet"/"diffusion_pytorch_model.safetensors"))
-    load_flat_state(optimizer, load_file(path/"optimizer.safetensors"), state.pop("groups"))
+    verify(path)
+    path = Path(path)
+    state = json.loads((path / "state.json").read_text())
+    branch.load_state_dict(load_file(path / "controlnet" / "diffusion_pytorch_model.safetensors"))
+    load_flat_state(optimizer, load_file(path / "optimizer.safetensors"), state.pop("groups"))
     if ema:
-        if not (path/"ema.safetensors").is_file(): raise FileNotFoundError(f"{path/'ema.safetensors'} is missing: the run did not average its weights")
-        ema.shadow_params = [v.to(old.device, old.dtype) for (_, v), old in zip(sorted(load_file(path/"ema.safetensors").items()), ema.shadow_params)]; ema.optimization_step = state["ema_steps"]
+        if not (path / "ema.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{path / 'ema.safetensors'} is missing: the run did not average its weights"
+            )
+        ema.shadow_params = [
+            v.to(old.device, old.dtype)
+            for (_, v), old in zip(
+                sorted(load_file(path / "ema.safetensors").items()), ema.shadow_params
+            )
+        ]
+        ema.optimization_step = state["ema_steps"]
     return state
 
 # %% ../nbs/05b_checkpoint.ipynb #09c07604
 _locks = {}
 
-def lock(folder): # of a run
+
+def lock(folder):  # of a run
     "Hold a run's folder until `unlock` or the end of the process. Raises OSError if another process holds it."
     key = str(Path(folder).resolve())
-    if key in _locks: return
-    try: import fcntl
-    except ImportError: return                      # no such locks on Windows
-    Path(folder).mkdir(parents=True, exist_ok=True); f = open(Path(folder)/".lock", "a+")
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if key in _locks:
+        return
+    try:
+        import fcntl
+    except ImportError:
+        return  # no such locks on Windows
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    f = open(Path(folder) / ".lock", "a+")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        f.seek(0); who = f.read().strip(); f.close(); raise OSError(f"run folder {folder} is in use by process {who or 'unknown'}") from None
-    f.truncate(0); f.write(str(os.getpid())); f.flush(); _locks[key] = f
+        f.seek(0)
+        who = f.read().strip()
+        f.close()
+        raise OSError(f"run folder {folder} is in use by process {who or 'unknown'}") from None
+    f.truncate(0)
+    f.write(str(os.getpid()))
+    f.flush()
+    _locks[key] = f
 
-def unlock(folder): # of a run
+
+def unlock(folder):  # of a run
     "Let go of a run's folder."
-    if f := _locks.pop(str(Path(folder).resolve()), None): f.close()
+    if f := _locks.pop(str(Path(folder).resolve()), None):
+        f.close()
+
 
 def forget_locks():
     "In a forked child: close what was inherited, so that the parent's end is the end of its locks."
-    while _locks: _locks.popitem()[1].close()
+    while _locks:
+        _locks.popitem()[1].close()
 
 # %% ../nbs/05b_checkpoint.ipynb #a2fa5289
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop, after it saved its state; `code` is the exit status a shell expects."
-    def __init__(self, signum, # `signal.SIGTERM` or `signal.SIGINT`
-                 message):     # what was saved and how to go on
-        super().__init__(message); self.signum, self.code = signum, 128 + signum
+
+    def __init__(
+        self,
+        signum,  # `signal.SIGTERM` or `signal.SIGINT`
+        message,
+    ):  # what was saved and how to go on
+        super().__init__(message)
+        self.signum, self.code = signum, 128 + signum
+
 
 @contextmanager
 def stop_requests():
     "A list that receives the numbers of SIGTERM and SIGINT; a second SIGINT raises KeyboardInterrupt. Outside the main thread signals are left alone."
     got = []
+
     def note(signum, frame):
-        if signum == signal.SIGINT and got: raise KeyboardInterrupt
+        if signum == signal.SIGINT and got:
+            raise KeyboardInterrupt
         got.append(signum)
+
     main = threading.current_thread() is threading.main_thread()
     old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    try: yield got
+    try:
+        yield got
     finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+        for s, handler in old.items():
+            signal.signal(s, handler)

@@ -6,170 +6,322 @@
 __all__ = ['no_gc', 'read_json', 'check_images', 'Split', 'read_coco', 'check_overlap', 'check_segmentation', 'to_rle']
 
 # %% ../nbs/01a_coco.ipynb #7eadf7bd
-import contextlib, difflib, gc, json, math
+import contextlib
+import difflib
+import gc
+import json
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
 from pycocotools import mask as rle
 
 # %% ../nbs/01a_coco.ipynb #9a56c90a
 @contextlib.contextmanager
 def no_gc():
     "The garbage collector rests inside; also as a decorator."
-    on = gc.isenabled(); gc.disable()
-    try: yield
-    finally: gc.enable() if on else None
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable() if on else None
 
 # %% ../nbs/01a_coco.ipynb #649271a8
 @no_gc()
-def read_json(path,       # of a JSON file
-              again=None, # what to do about a file that is no JSON; None: remove and fetch it
-             ): # its content
+def read_json(
+    path,  # of a JSON file
+    again=None,  # what to do about a file that is no JSON; None: remove and fetch it
+):  # its content
     "A JSON file's content. Raises FileNotFoundError or ValueError that names the file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: a COCO 2017 root has annotations/instances_SPLIT2017.json, annotations/captions_SPLIT2017.json and the pictures in SPLIT2017/")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: a COCO 2017 root has annotations/instances_SPLIT2017.json, annotations/captions_SPLIT2017.json and the pictures in SPLIT2017/"
+        )
     again = again or f"remove it (rm {path}) and fetch it again; a download leaves what is there"
-    try: text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError: raise ValueError(f"{path} is no text, so it is not valid JSON: {again}") from None
-    if not text[:4096].strip(): raise ValueError(f"{path} is empty: {again}")
-    try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not valid JSON ({'line %d' % e.lineno if hasattr(e, 'lineno') else type(e).__name__}): it is probably truncated; {again}") from None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text, so it is not valid JSON: {again}") from None
+    if not text[:4096].strip():
+        raise ValueError(f"{path} is empty: {again}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f"{path} is not valid JSON ({'line %d' % e.lineno if hasattr(e, 'lineno') else type(e).__name__}): it is probably truncated; {again}"
+        ) from None
 
 # %% ../nbs/01a_coco.ipynb #a55838cc
 def _list(content, key, path):
     "A list of the file, or ValueError."
-    if not isinstance(content, dict) or not isinstance(content.get(key), list): raise ValueError(f"{path} has no list {key!r}: it is no COCO file of its kind")
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise ValueError(f"{path} has no list {key!r}: it is no COCO file of its kind")
     return content[key]
+
 
 def _column(records, key, path, what):
     "One field of every record, whole numbers or texts, or ValueError."
-    try: got = [r[key] for r in records]
-    except (KeyError, TypeError): k = next(k for k, r in enumerate(records) if not isinstance(r, dict) or key not in r); raise ValueError(f"{path}: {what} number {k} has no {key!r}") from None
-    if not set(map(type, got)) <= {int, str}: k = next(k for k, v in enumerate(got) if type(v) not in (int, str)); raise ValueError(f"{path}: {what} number {k} has the {key} {got[k]!r}, which is no whole number or text")
+    try:
+        got = [r[key] for r in records]
+    except (KeyError, TypeError):
+        k = next(k for k, r in enumerate(records) if not isinstance(r, dict) or key not in r)
+        raise ValueError(f"{path}: {what} number {k} has no {key!r}") from None
+    if not set(map(type, got)) <= {int, str}:
+        k = next(k for k, v in enumerate(got) if type(v) not in (int, str))
+        raise ValueError(
+            f"{path}: {what} number {k} has the {key} {got[k]!r}, which is no whole number or text"
+        )
     return got
+
 
 def _unique(records, path, what):
     "The ids as a set, or ValueError if one occurs twice."
-    ids = _column(records, "id", path, what); got = set(ids)
-    if len(got) < len(ids): twice = [i for i, n in Counter(ids).items() if n > 1]; raise ValueError(f"{path}: {len(twice)} {what} id(s) occur more than once, the first is {twice[0]}")
-    if len(set(map(type, got))) > 1: raise ValueError(f"{path}: some {what} ids are whole numbers and some are texts")
+    ids = _column(records, "id", path, what)
+    got = set(ids)
+    if len(got) < len(ids):
+        twice = [i for i, n in Counter(ids).items() if n > 1]
+        raise ValueError(
+            f"{path}: {len(twice)} {what} id(s) occur more than once, the first is {twice[0]}"
+        )
+    if len(set(map(type, got))) > 1:
+        raise ValueError(f"{path}: some {what} ids are whole numbers and some are texts")
     return got
+
 
 def _known(records, key, known, path, what):
     "ValueError if a record points to something that is not there."
     lost = [k for k, v in enumerate(_column(records, key, path, what)) if v not in known]
-    if lost: raise ValueError(f"{path}: {len(lost)} {what}(s) have a {key} that is not there, the first is {what} {records[lost[0]].get('id')} with {key} {records[lost[0]][key]}")
+    if lost:
+        raise ValueError(
+            f"{path}: {len(lost)} {what}(s) have a {key} that is not there, the first is {what} {records[lost[0]].get('id')} with {key} {records[lost[0]][key]}"
+        )
 
 # %% ../nbs/01a_coco.ipynb #613bffce
 def _check_image(im, path):
     "ValueError for a record that is not complete, or not safe as a file name."
-    h, w, name, url = (im.get(k) for k in ("height", "width", "file_name", "coco_url")); said = f"{path}: image {im['id']}"
-    if type(im["id"]) is not int: raise ValueError(f"{path}: image id {im['id']!r} is no whole number")
-    if not 0 <= im["id"] < 2**63: raise ValueError(f"{path}: image id {im['id']} is not in the range 0 to 2^63-1")
-    if type(h) is not int or type(w) is not int or min(h, w) < 1: raise ValueError(f"{said} has no usable width and height: {w!r} x {h!r}")
-    if not isinstance(name, str) or not name or name.startswith(("/", "\\")) or ".." in name or ":" in name or "\0" in name: raise ValueError(f"{said} has the file_name {name!r}, which is no name inside the picture folder")
-    if type(im.get("license", 0)) not in (int, str, type(None)): raise ValueError(f"{said} has the license {im['license']!r}, which is no whole number or text")
-    if type(url) not in (str, type(None)): raise ValueError(f"{said} has the coco_url {url!r}, which is no text")
+    h, w, name, url = (im.get(k) for k in ("height", "width", "file_name", "coco_url"))
+    said = f"{path}: image {im['id']}"
+    if type(im["id"]) is not int:
+        raise ValueError(f"{path}: image id {im['id']!r} is no whole number")
+    if not 0 <= im["id"] < 2**63:
+        raise ValueError(f"{path}: image id {im['id']} is not in the range 0 to 2^63-1")
+    if type(h) is not int or type(w) is not int or min(h, w) < 1:
+        raise ValueError(f"{said} has no usable width and height: {w!r} x {h!r}")
+    if (
+        not isinstance(name, str)
+        or not name
+        or name.startswith(("/", "\\"))
+        or ".." in name
+        or ":" in name
+        or "\0" in name
+    ):
+        raise ValueError(
+            f"{said} has the file_name {name!r}, which is no name inside the picture folder"
+        )
+    if type(im.get("license", 0)) not in (int, str, type(None)):
+        raise ValueError(
+            f"{said} has the license {im['license']!r}, which is no whole number or text"
+        )
+    if type(url) not in (str, type(None)):
+        raise ValueError(f"{said} has the coco_url {url!r}, which is no text")
 
-def check_images(images, # COCO image records
-                 path):  # of their file, for the message
+
+def check_images(
+    images,  # COCO image records
+    path,
+):  # of their file, for the message
     "The ids as a set. Raises ValueError for a record that is not complete, or not safe as a file name, and for a file name that occurs twice."
     ids, names = _unique(images, path, "image"), {}
     for im in images:
-        _check_image(im, path); other = names.setdefault(im["file_name"], im["id"])
-        if other != im["id"]: raise ValueError(f"{path}: images {other} and {im['id']} have the same file_name {im['file_name']!r}")
+        _check_image(im, path)
+        other = names.setdefault(im["file_name"], im["id"])
+        if other != im["id"]:
+            raise ValueError(
+                f"{path}: images {other} and {im['id']} have the same file_name {im['file_name']!r}"
+            )
     return ids
 
 # %% ../nbs/01a_coco.ipynb #218b6a18
 @dataclass
 class Split:
     "What a split's annotation files say about people."
-    images: list    # COCO image records, by id
-    people: dict    # {image id: [person annotations by id, each with `keypoints`]}
+
+    images: list  # COCO image records, by id
+    people: dict  # {image id: [person annotations by id, each with `keypoints`]}
     captions: dict  # {image id: [captions, white space cleaned]}
     licenses: dict  # {id: name}
-    path: Path      # of the instances file
+    path: Path  # of the instances file
+
 
 def _instances(path):
     "(file without annotations, person annotations by id) of an instances file, checked."
     inst = read_json(path)
-    images, anns, kinds = (_list(inst, k, path) for k in ("images", "annotations", "categories")); del inst["annotations"]
-    names = dict(zip(_column(kinds, "id", path, "category"), map(str, _column(kinds, "name", path, "category")))); near = difflib.get_close_matches("person", names.values(), 1)
-    if "person" not in names.values(): raise ValueError(f"{path} has no category 'person'" + (f"; is {near[0]!r} a typing error?" if near else f"; it has {', '.join(sorted(names.values())[:5])}"))
-    ids = check_images(images, path); _unique(anns, path, "annotation")
-    _known(anns, "image_id", ids, path, "annotation"); _known(anns, "category_id", names, path, "annotation")
+    images, anns, kinds = (_list(inst, k, path) for k in ("images", "annotations", "categories"))
+    del inst["annotations"]
+    names = dict(
+        zip(
+            _column(kinds, "id", path, "category"),
+            map(str, _column(kinds, "name", path, "category")),
+        )
+    )
+    near = difflib.get_close_matches("person", names.values(), 1)
+    if "person" not in names.values():
+        raise ValueError(
+            f"{path} has no category 'person'"
+            + (
+                f"; is {near[0]!r} a typing error?"
+                if near
+                else f"; it has {', '.join(sorted(names.values())[:5])}"
+            )
+        )
+    ids = check_images(images, path)
+    _unique(anns, path, "annotation")
+    _known(anns, "image_id", ids, path, "annotation")
+    _known(anns, "category_id", names, path, "annotation")
     person = {k for k, n in names.items() if n == "person"}
     return inst, sorted((a for a in anns if a["category_id"] in person), key=lambda a: a["id"])
 
 # %% ../nbs/01a_coco.ipynb #f2b7e8b0
 @no_gc()
-def read_coco(root,          # folder with annotations/ and {split}2017/
-              split="train", # "train" or "val"
-             ): # `Split`
+def read_coco(
+    root,  # folder with annotations/ and {split}2017/
+    split="train",  # "train" or "val"
+):  # `Split`
     "The people, captions and joints of one split. Raises FileNotFoundError or ValueError that names file and annotation."
-    notes = Path(root)/"annotations"; path, said, joints = (notes/f"{k}_{split}2017.json" for k in ("instances", "captions", "person_keypoints"))
+    notes = Path(root) / "annotations"
+    path, said, joints = (
+        notes / f"{k}_{split}2017.json" for k in ("instances", "captions", "person_keypoints")
+    )
     for p in (path, said):
-        if not p.is_file(): read_json(p)   # says what a root needs, before the long read
-    inst, own = _instances(path); people, texts = defaultdict(list), defaultdict(list); ids = {im["id"] for im in inst["images"]}
+        if not p.is_file():
+            read_json(p)  # says what a root needs, before the long read
+    inst, own = _instances(path)
+    people, texts = defaultdict(list), defaultdict(list)
+    ids = {im["id"] for im in inst["images"]}
     if joints.is_file():
-        found = _list(read_json(joints), "annotations", joints); _unique(found, joints, "annotation"); _known(found, "id", {a["id"] for a in own}, joints, "annotation")
+        found = _list(read_json(joints), "annotations", joints)
+        _unique(found, joints, "annotation")
+        _known(found, "id", {a["id"] for a in own}, joints, "annotation")
         found = {a["id"]: a.get("keypoints") for a in found}
-        for a in own: a["keypoints"] = found.get(a["id"])
+        for a in own:
+            a["keypoints"] = found.get(a["id"])
         del found
-    for a in own: people[a["image_id"]].append(a)
-    caps = _list(read_json(said), "annotations", said); _unique(caps, said, "caption"); _known(caps, "image_id", ids, said, "caption")
-    for a in caps: texts[a["image_id"]].append(" ".join(str(a.get("caption") or "").split()))
-    rights = inst.get("licenses") or []; licenses = dict(zip(_column(rights, "id", path, "licence"), map(str, _column(rights, "name", path, "licence"))))
-    return Split(sorted(inst["images"], key=lambda im: im["id"]), dict(people), {k: [s for s in v if s] for k, v in texts.items()}, licenses, path)
+    for a in own:
+        people[a["image_id"]].append(a)
+    caps = _list(read_json(said), "annotations", said)
+    _unique(caps, said, "caption")
+    _known(caps, "image_id", ids, said, "caption")
+    for a in caps:
+        texts[a["image_id"]].append(" ".join(str(a.get("caption") or "").split()))
+    rights = inst.get("licenses") or []
+    licenses = dict(
+        zip(
+            _column(rights, "id", path, "licence"),
+            map(str, _column(rights, "name", path, "licence")),
+        )
+    )
+    return Split(
+        sorted(inst["images"], key=lambda im: im["id"]),
+        dict(people),
+        {k: [s for s in v if s] for k, v in texts.items()},
+        licenses,
+        path,
+    )
 
 # %% ../nbs/01a_coco.ipynb #55f15477
-def check_overlap(images, # of one split
-                  root,   # COCO root
-                  other): # name of the other split; nothing is done if it is not there
+def check_overlap(
+    images,  # of one split
+    root,  # COCO root
+    other,
+):  # name of the other split; nothing is done if it is not there
     "Raise ValueError if a picture is in both splits, by id."
-    path = Path(root)/"annotations"/f"captions_{other}2017.json"
-    if not path.is_file(): return
-    theirs, ids = _column(_list(read_json(path), "images", path), "id", path, "image"), {im["id"] for im in images}; twice = [i for i in theirs if i in ids]
-    if twice: raise ValueError(f"{path}: {len(twice)} of its pictures are in the other split too, the first is image {twice[0]}: training and validation must not share pictures")
+    path = Path(root) / "annotations" / f"captions_{other}2017.json"
+    if not path.is_file():
+        return
+    theirs, ids = (
+        _column(_list(read_json(path), "images", path), "id", path, "image"),
+        {im["id"] for im in images},
+    )
+    twice = [i for i in theirs if i in ids]
+    if twice:
+        raise ValueError(
+            f"{path}: {len(twice)} of its pictures are in the other split too, the first is image {twice[0]}: training and validation must not share pictures"
+        )
 
 # %% ../nbs/01a_coco.ipynb #c82fcee7
 def _runs(counts):
     "Run lengths from COCO's compressed string: five bits a character, differences from the second on the left."
     out, k, b = [], 0, counts.encode() if isinstance(counts, str) else counts
     while k < len(b):
-        x = shift = 0; c = 32
+        x = shift = 0
+        c = 32
         while c & 32:
-            if k == len(b) or not 0 <= (c := b[k]-48) < 64: raise ValueError("RLE that cannot be read")
-            x |= (c & 31) << shift; k += 1; shift += 5
-        if c & 16: x |= -1 << shift
+            if k == len(b) or not 0 <= (c := b[k] - 48) < 64:
+                raise ValueError("RLE that cannot be read")
+            x |= (c & 31) << shift
+            k += 1
+            shift += 5
+        if c & 16:
+            x |= -1 << shift
         out.append(x + (out[-2] if len(out) > 2 else 0))
     return out
 
-def check_segmentation(seg, # COCO `segmentation`: polygons, uncompressed or compressed RLE
-                       h, w): # size of the picture
+
+def check_segmentation(
+    seg,  # COCO `segmentation`: polygons, uncompressed or compressed RLE
+    h,
+    w,
+):  # size of the picture
     "Raise ValueError for a mask that C code must not see."
     if isinstance(seg, dict):
-        if seg.get("size") not in ([h, w], (h, w)): raise ValueError(f"RLE of size {seg.get('size')} in an image of size {[h, w]}")
-        counts = seg.get("counts"); runs = counts if isinstance(counts, list) else _runs(counts) if isinstance(counts, (str, bytes)) else [-1]
-        if not all(type(n) is int and n >= 0 for n in runs) or sum(runs) != h*w: raise ValueError(f"RLE whose runs do not fill an image of size {[h, w]}")
+        if seg.get("size") not in ([h, w], (h, w)):
+            raise ValueError(f"RLE of size {seg.get('size')} in an image of size {[h, w]}")
+        counts = seg.get("counts")
+        runs = (
+            counts
+            if isinstance(counts, list)
+            else _runs(counts)
+            if isinstance(counts, (str, bytes))
+            else [-1]
+        )
+        if not all(type(n) is int and n >= 0 for n in runs) or sum(runs) != h * w:
+            raise ValueError(f"RLE whose runs do not fill an image of size {[h, w]}")
         return
-    if not isinstance(seg, list) or not seg: raise ValueError("empty polygon list")
+    if not isinstance(seg, list) or not seg:
+        raise ValueError("empty polygon list")
     for p in seg:
-        if not isinstance(p, list): raise ValueError("polygon that is no list of numbers")
-        if len(p) < 6 or len(p) % 2: raise ValueError(f"polygon of {len(p)} numbers")
-        far = 10*max(h, w)
-        try: total = sum(p)
-        except TypeError: raise ValueError("polygon with something else than numbers") from None
-        except OverflowError: total = math.inf
-        if not -len(p)*far <= total <= len(p)*far or max(p) > far or min(p) < -far: raise ValueError("polygon with coordinates far outside the image")
+        if not isinstance(p, list):
+            raise ValueError("polygon that is no list of numbers")
+        if len(p) < 6 or len(p) % 2:
+            raise ValueError(f"polygon of {len(p)} numbers")
+        far = 10 * max(h, w)
+        try:
+            total = sum(p)
+        except TypeError:
+            raise ValueError("polygon with something else than numbers") from None
+        except OverflowError:
+            total = math.inf
+        if not -len(p) * far <= total <= len(p) * far or max(p) > far or min(p) < -far:
+            raise ValueError("polygon with coordinates far outside the image")
 
 # %% ../nbs/01a_coco.ipynb #963dc1ec
-def to_rle(seg, # COCO `segmentation`: polygons, uncompressed or compressed RLE
-           h, w, # size of the picture
-          ): # {"size": [h, w], "counts": str}
+def to_rle(
+    seg,  # COCO `segmentation`: polygons, uncompressed or compressed RLE
+    h,
+    w,  # size of the picture
+):  # {"size": [h, w], "counts": str}
     "Any COCO segmentation as compressed RLE. Raises ValueError for one that cannot be right, or has no pixel."
     check_segmentation(seg, h, w)
-    if isinstance(seg, dict): r = rle.frPyObjects(seg, h, w) if isinstance(seg["counts"], list) else seg
-    else: r = rle.frPyObjects(seg, h, w); r = r[0] if len(r) == 1 else rle.merge(r)
-    if not rle.area(r): raise ValueError("mask without a pixel in the picture")
-    return dict(size=[h, w], counts=r["counts"].decode() if isinstance(r["counts"], bytes) else r["counts"])
+    if isinstance(seg, dict):
+        r = rle.frPyObjects(seg, h, w) if isinstance(seg["counts"], list) else seg
+    else:
+        r = rle.frPyObjects(seg, h, w)
+        r = r[0] if len(r) == 1 else rle.merge(r)
+    if not rle.area(r):
+        raise ValueError("mask without a pixel in the picture")
+    return dict(
+        size=[h, w], counts=r["counts"].decode() if isinstance(r["counts"], bytes) else r["counts"]
+    )

@@ -6,7 +6,9 @@
 __all__ = ['interval', 'paired', 'sign_flip', 'holm', 'detectable', 'worst']
 
 # %% ../nbs/06c_compare.ipynb #a33150c5
-import math, warnings
+import math
+import warnings
+
 import numpy as np
 from scipy import stats
 
@@ -15,53 +17,121 @@ def _rows(values):
     "(N,) means of (N, ...) numbers; NaN where a picture has none."
     v = np.asarray(values, float)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)   # a picture without any number has no mean
+        warnings.simplefilter("ignore", RuntimeWarning)  # a picture without any number has no mean
         return np.nanmean(v.reshape(len(v), -1), 1) if v.size else np.full(len(v), np.nan)
 
-def interval(values,   # (N,) or (N, ...), one row a picture; NaN where there is nothing to say
-             draws=2000, # bootstrap samples of pictures
-             seed=0):  # of the bootstrap
+
+def interval(
+    values,  # (N,) or (N, ...), one row a picture; NaN where there is nothing to say
+    draws=2000,  # bootstrap samples of pictures
+    seed=0,
+):  # of the bootstrap
     "dict: mean, low and high of its 95% interval, n pictures; None where there is no number at all."
-    v = _rows(values); v = v[np.isfinite(v)]
-    if not len(v): return dict(mean=None, low=None, high=None, n=0)
+    v = _rows(values)
+    v = v[np.isfinite(v)]
+    if not len(v):
+        return dict(mean=None, low=None, high=None, n=0)
     means = v[np.random.default_rng(seed).integers(0, len(v), (draws, len(v)))].mean(1)
-    return dict(mean=float(v.mean()), low=float(np.quantile(means, .025)), high=float(np.quantile(means, .975)), n=len(v))
+    return dict(
+        mean=float(v.mean()),
+        low=float(np.quantile(means, 0.025)),
+        high=float(np.quantile(means, 0.975)),
+        n=len(v),
+    )
 
 # %% ../nbs/06c_compare.ipynb #bfa183b4
-def paired(base,   # (N, ...) numbers of the base, one row a picture
-           model,  # (N, ...) numbers of the model: same prompts, same noise
-           draws=2000, seed=0): # bootstrap samples and random sign flips; of both
+def paired(
+    base,  # (N, ...) numbers of the base, one row a picture
+    model,  # (N, ...) numbers of the model: same prompts, same noise
+    draws=2000,
+    seed=0,
+):  # bootstrap samples and random sign flips; of both
     "dict: means of base and model, difference with its 95% interval and permutation p, relative change with its own; n pictures. Raises ValueError for sets of different size."
     a, b = _rows(base), _rows(model)
-    if len(a) != len(b): raise ValueError(f"{len(a)} pictures cannot be paired with {len(b)}: draw both models from the same prompts and noise")
-    ok = np.isfinite(a) & np.isfinite(b); a, b = a[ok], b[ok]; names = "base model difference difference_low difference_high p change low high".split()
-    if not len(a): return {**dict.fromkeys(names), "n": 0}
-    k = np.random.default_rng(seed).integers(0, len(a), (draws, len(a))); am, bm = a[k].mean(1), b[k].mean(1); d = b - a
-    rel = lambda x, y: y/x - 1 if np.all(x > 0) else np.full(np.shape(x), np.nan)   # a change in percent needs something above zero to start from
-    out = [a.mean(), b.mean(), d.mean(), *np.quantile(bm-am, (.025, .975)), sign_flip(d, draws, seed), rel(a.mean(), b.mean()), *np.quantile(rel(am, bm), (.025, .975))]
+    if len(a) != len(b):
+        raise ValueError(
+            f"{len(a)} pictures cannot be paired with {len(b)}: draw both models from the same prompts and noise"
+        )
+    ok = np.isfinite(a) & np.isfinite(b)
+    a, b = a[ok], b[ok]
+    names = [
+        "base",
+        "model",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "p",
+        "change",
+        "low",
+        "high",
+    ]
+    if not len(a):
+        return {**dict.fromkeys(names), "n": 0}
+    k = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    am, bm = a[k].mean(1), b[k].mean(1)
+    d = b - a
+
+    def rel(x, y):
+        return (
+            y / x - 1 if np.all(x > 0) else np.full(np.shape(x), np.nan)
+        )  # a change in percent needs something above zero to start from
+
+    out = [
+        a.mean(),
+        b.mean(),
+        d.mean(),
+        *np.quantile(bm - am, (0.025, 0.975)),
+        sign_flip(d, draws, seed),
+        rel(a.mean(), b.mean()),
+        *np.quantile(rel(am, bm), (0.025, 0.975)),
+    ]
     return {**{n: float(v) if np.isfinite(v) else None for n, v in zip(names, out)}, "n": len(a)}
 
-def sign_flip(d,      # (N,) differences
-              draws=2000, seed=0): # random flips, all of them if there are no more; of the flips
+
+def sign_flip(
+    d,  # (N,) differences
+    draws=2000,
+    seed=0,
+):  # random flips, all of them if there are no more; of the flips
     "Two-sided p of a paired permutation test (Phipson & Smyth 2010: never 0)."
-    if len(d) < 2 or not np.any(d): return 1.
-    return float(stats.permutation_test((np.asarray(d, float),), np.mean, permutation_type="samples", vectorized=True, n_resamples=draws, rng=np.random.default_rng(seed)).pvalue)
+    if len(d) < 2 or not np.any(d):
+        return 1.0
+    return float(
+        stats.permutation_test(
+            (np.asarray(d, float),),
+            np.mean,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=draws,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
 
 # %% ../nbs/06c_compare.ipynb #632e734f
-def holm(p): # list of p values; None where there was nothing to test
+def holm(p):  # list of p values; None where there was nothing to test
     "Holm's corrected p values, in the same order (Holm 1979)."
-    p = np.array([np.nan if v is None else v for v in p], float); order = np.argsort(p); m, top, out = int(np.isfinite(p).sum()), 0., [None]*len(p)
-    for rank, i in enumerate(order[:m]): top = max(top, min(1., (m-rank)*p[i])); out[i] = float(top)
+    p = np.array([np.nan if v is None else v for v in p], float)
+    order = np.argsort(p)
+    m, top, out = int(np.isfinite(p).sum()), 0.0, [None] * len(p)
+    for rank, i in enumerate(order[:m]):
+        top = max(top, min(1.0, (m - rank) * p[i]))
+        out[i] = float(top)
     return out
 
 # %% ../nbs/06c_compare.ipynb #d266e322
-def detectable(sd, # standard deviation of the (paired) differences
-               n): # pictures
+def detectable(
+    sd,  # standard deviation of the (paired) differences
+    n,
+):  # pictures
     "The smallest mean difference that a two-sided 5% test finds with 80% power (normal approximation)."
-    return float((stats.norm.ppf(.975) + stats.norm.ppf(.8))*sd/math.sqrt(n))
+    return float((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * sd / math.sqrt(n))
 
 # %% ../nbs/06c_compare.ipynb #8ac8ecfc
-def worst(values, # (N,) numbers, high is good; NaN is never picked
-          k=4):   # how many
+def worst(
+    values,  # (N,) numbers, high is good; NaN is never picked
+    k=4,
+):  # how many
     "Indices of the k lowest."
-    v = np.asarray(values, float); order = np.argsort(v, kind="stable"); return [int(i) for i in order if np.isfinite(v[i])][:k]
+    v = np.asarray(values, float)
+    order = np.argsort(v, kind="stable")
+    return [int(i) for i in order if np.isfinite(v[i])][:k]

@@ -6,163 +6,379 @@
 __all__ = ['ConfigError', 'TrainConfig', 'changed', 'told']
 
 # %% ../nbs/05a_config.ipynb #9b803517
-import difflib, math, re, typing
+import difflib
+import math
+import re
+import typing
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
+
 from fastcore.basics import patch
 
 # %% ../nbs/05a_config.ipynb #261cccf9
 class ConfigError(ValueError):
     "A setting that cannot be; the message is one sentence that names it."
 
+
 _PRESETS = dict(
-    tiny=dict(base="tiny", lpips_net="tiny", face_net="tiny", size=64, max_steps=400, batch_size=8, learning_rate=3e-4, lr_warmup_steps=10, checkpointing_steps=200, sample_interval=200, log_steps=5,
-              sample_steps=20, sample_scheduler="dpm", guidance_scale=3., val_pictures=48, mixed_precision="no", dataloader_num_workers=0),
-    sd15=dict(base="sd15", lpips_net="vgg", face_net="vggface2", size=512, max_steps=12*37470, batch_size=1, learning_rate=1e-5, lr_warmup_steps=0, checkpointing_steps=2000, sample_interval=2000, log_steps=50,
-              sample_steps=50, sample_scheduler="ddim", guidance_scale=9., val_pictures=64, mixed_precision="bf16", dataloader_num_workers=4, cache_latents=None))
+    tiny=dict(
+        base="tiny",
+        lpips_net="tiny",
+        face_net="tiny",
+        size=64,
+        max_steps=400,
+        batch_size=8,
+        learning_rate=3e-4,
+        lr_warmup_steps=10,
+        checkpointing_steps=200,
+        sample_interval=200,
+        log_steps=5,
+        sample_steps=20,
+        sample_scheduler="dpm",
+        guidance_scale=3.0,
+        val_pictures=48,
+        mixed_precision="no",
+        dataloader_num_workers=0,
+    ),
+    sd15=dict(
+        base="sd15",
+        lpips_net="vgg",
+        face_net="vggface2",
+        size=512,
+        max_steps=12 * 37470,
+        batch_size=1,
+        learning_rate=1e-5,
+        lr_warmup_steps=0,
+        checkpointing_steps=2000,
+        sample_interval=2000,
+        log_steps=50,
+        sample_steps=50,
+        sample_scheduler="ddim",
+        guidance_scale=9.0,
+        val_pictures=64,
+        mixed_precision="bf16",
+        dataloader_num_workers=4,
+        cache_latents=None,
+    ),
+)
 _PRESETS["sd15-12gb"] = dict(_PRESETS["sd15"], gradient_checkpointing=True)
 
-def _opt(default, help, choices=None): return field(default=default, metadata=dict(help=help, choices=choices))
+
+def _opt(default, help, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices))
 
 # %% ../nbs/05a_config.ipynb #865075da
 @dataclass
 class TrainConfig:
     "Everything a run is told; make one with `TrainConfig.make`, which applies the preset and checks."
-    preset: str = _opt("tiny", "tiny: built-in world on a CPU; sd15: the paper's settings; sd15-12gb: the same in less memory", tuple(_PRESETS))
+
+    preset: str = _opt(
+        "tiny",
+        "tiny: built-in world on a CPU; sd15: the paper's settings; sd15-12gb: the same in less memory",
+        tuple(_PRESETS),
+    )
     T: int = _opt(100, "perceptual terms where t < T, 0 to 1000")
-    lambda1: float = _opt(.2, "weight of masked LPIPS in Eq. (3)")
-    lambda2: float = _opt(.5, "weight of the face loss in Eq. (3)")
-    variant: str = _opt("paper", "as_published reproduces the authors' dead gradient", ("paper", "as_published"))
-    gate: str = _opt("hard", "how the perceptual terms end at T: hard as in the paper, or falling with t", ("hard", "linear", "cosine"))
+    lambda1: float = _opt(0.2, "weight of masked LPIPS in Eq. (3)")
+    lambda2: float = _opt(0.5, "weight of the face loss in Eq. (3)")
+    variant: str = _opt(
+        "paper", "as_published reproduces the authors' dead gradient", ("paper", "as_published")
+    )
+    gate: str = _opt(
+        "hard",
+        "how the perceptual terms end at T: hard as in the paper, or falling with t",
+        ("hard", "linear", "cosine"),
+    )
     lambda_warmup_steps: int = _opt(0, "steps over which lambda1 and lambda2 rise from 0")
     per_person: bool = _opt(False, "average LPIPS within each person first")
     lpips_net: str = _opt("tiny", "network of masked LPIPS", ("tiny", "vgg", "alex", "squeeze"))
     face_net: str = _opt("tiny", "network of the face loss", ("tiny", "vggface2", "casia-webface"))
-    data_root: typing.Optional[str] = _opt(None, "a COCO 2017 root, or a folder of manifests from masked-ldm-data build; the built-in world if not given")
+    data_root: typing.Optional[str] = _opt(
+        None,
+        "a COCO 2017 root, or a folder of manifests from masked-ldm-data build; the built-in world if not given",
+    )
     size: int = _opt(64, "side of the pictures, pixels")
-    min_area: float = _opt(.05, "share of a picture that people must cover, where the manifest is made by the run")
-    faces: str = _opt("auto", "where face boxes come from", ("auto", "annotation", "keypoints", "mtcnn", "none"))
-    crop: str = _opt("center", "square of a picture: its middle as in the paper, or the one that keeps faces, then people", ("center", "people"))
+    min_area: float = _opt(
+        0.05, "share of a picture that people must cover, where the manifest is made by the run"
+    )
+    faces: str = _opt(
+        "auto", "where face boxes come from", ("auto", "annotation", "keypoints", "mtcnn", "none")
+    )
+    crop: str = _opt(
+        "center",
+        "square of a picture: its middle as in the paper, or the one that keeps faces, then people",
+        ("center", "people"),
+    )
     world_pictures: int = _opt(1200, "training pictures of the built-in world")
     val_pictures: int = _opt(48, "held-out pictures that are judged")
-    proportion_empty_prompts: float = _opt(0., "share of captions replaced by the empty one")
+    proportion_empty_prompts: float = _opt(0.0, "share of captions replaced by the empty one")
     dataloader_num_workers: int = _opt(0, "processes that read pictures")
     base: str = _opt("tiny", "frozen base: tiny, sd15, a folder or a hub id")
-    out_dir: typing.Optional[str] = _opt(None, "run folder; runs/PRESET or the next free runs/PRESET-N if not given")
+    out_dir: typing.Optional[str] = _opt(
+        None, "run folder; runs/PRESET or the next free runs/PRESET-N if not given"
+    )
     cache_dir: str = _opt("runs/cache", "where drawn worlds, manifests and latents are kept")
-    cache_latents: typing.Optional[bool] = _opt(False, "encode each picture and caption once and keep that in cache_dir; the sd15 presets do where it pays: if the run sees a picture more than twice")
+    cache_latents: typing.Optional[bool] = _opt(
+        False,
+        "encode each picture and caption once and keep that in cache_dir; the sd15 presets do where it pays: if the run sees a picture more than twice",
+    )
     max_steps: int = _opt(400, "optimiser steps")
     batch_size: int = _opt(8, "pictures a step, over all processes and accumulation")
     gradient_accumulation_steps: int = _opt(1, "parts a step is cut into, to save memory")
     learning_rate: float = _opt(3e-4, "of AdamW")
     lr_warmup_steps: int = _opt(10, "steps of linear warm-up")
-    adam_beta1: float = _opt(.9, "of AdamW")
-    adam_beta2: float = _opt(.999, "of AdamW")
-    adam_weight_decay: float = _opt(.01, "of AdamW")
-    max_grad_norm: float = _opt(1., "gradient norm is clipped to this")
-    mixed_precision: str = _opt("no", "autocast of the networks; losses stay float32", ("no", "bf16"))
-    gradient_checkpointing: bool = _opt(False, "recompute activations: short for the next three together")
+    adam_beta1: float = _opt(0.9, "of AdamW")
+    adam_beta2: float = _opt(0.999, "of AdamW")
+    adam_weight_decay: float = _opt(0.01, "of AdamW")
+    max_grad_norm: float = _opt(1.0, "gradient norm is clipped to this")
+    mixed_precision: str = _opt(
+        "no", "autocast of the networks; losses stay float32", ("no", "bf16")
+    )
+    gradient_checkpointing: bool = _opt(
+        False, "recompute activations: short for the next three together"
+    )
     checkpoint_branch: bool = _opt(False, "recompute activations of the branch")
     checkpoint_unet: bool = _opt(False, "recompute activations of the UNet's decoder half")
     checkpoint_vae: bool = _opt(False, "recompute activations of the VAE decoder")
-    stratified_t: bool = _opt(False, "spread a step's timesteps evenly: always the same number below T, weighed so that nothing is biased")
-    max_decoded: int = _opt(0, "most samples a step decodes, drawn at random and weighed so that nothing is biased; 0: all with t < T")
+    stratified_t: bool = _opt(
+        False,
+        "spread a step's timesteps evenly: always the same number below T, weighed so that nothing is biased",
+    )
+    max_decoded: int = _opt(
+        0,
+        "most samples a step decodes, drawn at random and weighed so that nothing is biased; 0: all with t < T",
+    )
     decode_batch: int = _opt(0, "samples of a process decoded and judged at a time; 0: all at once")
-    decode: str = _opt("full", "decode whole pictures, or only a window around people and faces (not exact)", ("full", "crop"))
+    decode: str = _opt(
+        "full",
+        "decode whole pictures, or only a window around people and faces (not exact)",
+        ("full", "crop"),
+    )
     fused_adam: bool = _opt(True, "AdamW in one kernel")
     use_8bit_adam: bool = _opt(False, "AdamW with 8-bit moments; needs bitsandbytes")
     channels_last: bool = _opt(False, "memory order of pictures in the networks")
     torch_compile: bool = _opt(False, "compile UNet, branch and VAE decoder for fixed shapes")
     seed: int = _opt(0, "of data order, augmentation, noise and timesteps")
     resume: typing.Optional[str] = _opt(None, "latest, or a checkpoint folder")
-    resume_changed: bool = _opt(False, "go on although settings or training pictures are not those of the checkpoint")
+    resume_changed: bool = _opt(
+        False, "go on although settings or training pictures are not those of the checkpoint"
+    )
     checkpointing_steps: int = _opt(200, "steps between checkpoints")
     checkpoints_total_limit: int = _opt(2, "newest checkpoints that stay")
     log_steps: int = _opt(5, "steps between log lines")
     sample_interval: int = _opt(200, "steps between sample grids")
-    sample_prompts: typing.Optional[list] = _opt(None, "prompts of the grids; the paper's four if not given")
+    sample_prompts: typing.Optional[list] = _opt(
+        None, "prompts of the grids; the paper's four if not given"
+    )
     sample_steps: int = _opt(20, "of the sampler")
     sample_scheduler: str = _opt("dpm", "sampler of the grids", ("ddim", "dpm", "unipc"))
-    guidance_scale: float = _opt(3., "classifier-free guidance of the grids")
-    validation_steps: int = _opt(0, "steps between judgements on held-out pictures, the best of which keeps its checkpoint; 0: only at the end")
-    use_ema: bool = _opt(False, "average the weights; samples, judgement and the saved branch use the average")
-    ema_decay: float = _opt(.999, "of the average, per step")
-    report_to: str = _opt("tensorboard", "tracker, through accelerate", ("tensorboard", "wandb", "trackio", "none"))
+    guidance_scale: float = _opt(3.0, "classifier-free guidance of the grids")
+    validation_steps: int = _opt(
+        0,
+        "steps between judgements on held-out pictures, the best of which keeps its checkpoint; 0: only at the end",
+    )
+    use_ema: bool = _opt(
+        False, "average the weights; samples, judgement and the saved branch use the average"
+    )
+    ema_decay: float = _opt(0.999, "of the average, per step")
+    report_to: str = _opt(
+        "tensorboard", "tracker, through accelerate", ("tensorboard", "wandb", "trackio", "none")
+    )
     push_to_hub: bool = _opt(False, "upload the finished branch and its card")
     hub_model_id: typing.Optional[str] = _opt(None, "where to: user/name")
 
 # %% ../nbs/05a_config.ipynb #6d566af9
 def _typed(name, value, kind):
     "The value in the field's type, or ConfigError."
-    optional = typing.get_args(kind); kind = optional[0] if optional else kind
-    if value is None and optional: return None
-    if kind is bool and isinstance(value, bool): return value
-    if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer(): return int(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value): return float(value)
-    if kind is str and isinstance(value, (str, Path)): return str(value)
-    if kind is list and isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value): return list(value)
-    wanted = dict(bool="True or False", int="a whole number", float="a number", str="a text", list="a list of texts")[kind.__name__]
+    optional = typing.get_args(kind)
+    kind = optional[0] if optional else kind
+    if value is None and optional:
+        return None
+    if kind is bool and isinstance(value, bool):
+        return value
+    if (
+        kind is int
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and float(value).is_integer()
+    ):
+        return int(value)
+    if (
+        kind is float
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
+        return float(value)
+    if kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    if (
+        kind is list
+        and isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(v, str) for v in value)
+    ):
+        return list(value)
+    wanted = dict(
+        bool="True or False",
+        int="a whole number",
+        float="a number",
+        str="a text",
+        list="a list of texts",
+    )[kind.__name__]
     raise ConfigError(f"{name} must be {wanted}, not {value!r} ({type(value).__name__})")
 
+
 @patch(cls_method=True)
-def make(cls:TrainConfig, **given): # settings by name; None means: the preset's
+def make(cls: TrainConfig, **given):  # settings by name; None means: the preset's
     "A checked configuration: the preset's values, then the given ones. Raises `ConfigError`."
-    kinds = typing.get_type_hints(cls); preset = given.get("preset") or "tiny"
+    kinds = typing.get_type_hints(cls)
+    preset = given.get("preset") or "tiny"
     for name in given:
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1); raise ConfigError(f"unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; the parameters are {', '.join(kinds)}"))
-    if preset not in _PRESETS: raise ConfigError(f"preset must be one of {', '.join(_PRESETS)}, not {preset!r}")
-    values = {**_PRESETS[preset], **{k: v for k, v in given.items() if v is not None}, "preset": preset}
-    config = cls(**{k: _typed(k, v, kinds[k]) for k, v in values.items()}); config.check()
+            near = difflib.get_close_matches(name, kinds, 1)
+            raise ConfigError(
+                f"unknown parameter {name!r}"
+                + (
+                    f"; did you mean {near[0]!r}?"
+                    if near
+                    else f"; the parameters are {', '.join(kinds)}"
+                )
+            )
+    if preset not in _PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(_PRESETS)}, not {preset!r}")
+    values = {
+        **_PRESETS[preset],
+        **{k: v for k, v in given.items() if v is not None},
+        "preset": preset,
+    }
+    config = cls(**{k: _typed(k, v, kinds[k]) for k, v in values.items()})
+    config.check()
     return config
 
-def changed(config): # `TrainConfig`
+
+def changed(config):  # `TrainConfig`
     "{name: value} of what differs from the preset's own values."
-    plain = {f.name: f.default for f in fields(TrainConfig)} | _PRESETS[config.preset] | dict(preset=config.preset)
+    plain = (
+        {f.name: f.default for f in fields(TrainConfig)}
+        | _PRESETS[config.preset]
+        | dict(preset=config.preset)
+    )
     return {k: v for k, v in vars(config).items() if v != plain[k]}
 
 # %% ../nbs/05a_config.ipynb #6832deb9
-_LEAST = dict(max_steps=1, batch_size=1, gradient_accumulation_steps=1, world_pictures=1, val_pictures=0, checkpointing_steps=1, checkpoints_total_limit=1, log_steps=1, sample_interval=1, sample_steps=1,
-              lr_warmup_steps=0, validation_steps=0, lambda_warmup_steps=0, dataloader_num_workers=0, seed=0, guidance_scale=0, adam_weight_decay=0, max_decoded=0, decode_batch=0)
+_LEAST = dict(
+    max_steps=1,
+    batch_size=1,
+    gradient_accumulation_steps=1,
+    world_pictures=1,
+    val_pictures=0,
+    checkpointing_steps=1,
+    checkpoints_total_limit=1,
+    log_steps=1,
+    sample_interval=1,
+    sample_steps=1,
+    lr_warmup_steps=0,
+    validation_steps=0,
+    lambda_warmup_steps=0,
+    dataloader_num_workers=0,
+    seed=0,
+    guidance_scale=0,
+    adam_weight_decay=0,
+    max_decoded=0,
+    decode_batch=0,
+)
+
 
 @patch
-def check(self:TrainConfig):
+def check(self: TrainConfig):
     "Raise `ConfigError` for values that cannot be, alone or together."
     for f in fields(self):
         v, choices = getattr(self, f.name), f.metadata["choices"]
-        if choices and v not in choices: raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, not {v!r}")
-        if f.name in _LEAST and v < _LEAST[f.name]: raise ConfigError(f"{f.name} must be {_LEAST[f.name]} or more, not {v}")
-    if not 0 <= self.T <= 1000: raise ConfigError(f"T must be between 0 and 1000 (timesteps), not {self.T}")
-    if self.lambda1 < 0 or self.lambda2 < 0 or self.lambda1 + self.lambda2 > 1 + 1e-9: raise ConfigError(f"lambda1 + lambda2 must be between 0 and 1, each 0 or more, since the diffusion loss gets the rest; got {self.lambda1:g} + {self.lambda2:g} = {self.lambda1+self.lambda2:g}")
-    if self.size < 32 or self.size % 8: raise ConfigError(f"size must be a multiple of 8 pixels, 32 or more, not {self.size}; the nearest is {max(32, round(self.size/8)*8)}")
+        if choices and v not in choices:
+            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, not {v!r}")
+        if f.name in _LEAST and v < _LEAST[f.name]:
+            raise ConfigError(f"{f.name} must be {_LEAST[f.name]} or more, not {v}")
+    if not 0 <= self.T <= 1000:
+        raise ConfigError(f"T must be between 0 and 1000 (timesteps), not {self.T}")
+    if self.lambda1 < 0 or self.lambda2 < 0 or self.lambda1 + self.lambda2 > 1 + 1e-9:
+        raise ConfigError(
+            f"lambda1 + lambda2 must be between 0 and 1, each 0 or more, since the diffusion loss gets the rest; got {self.lambda1:g} + {self.lambda2:g} = {self.lambda1 + self.lambda2:g}"
+        )
+    if self.size < 32 or self.size % 8:
+        raise ConfigError(
+            f"size must be a multiple of 8 pixels, 32 or more, not {self.size}; the nearest is {max(32, round(self.size / 8) * 8)}"
+        )
     for k in ("learning_rate", "max_grad_norm"):
-        if getattr(self, k) <= 0: raise ConfigError(f"{k} must be above 0, not {getattr(self, k)}")
+        if getattr(self, k) <= 0:
+            raise ConfigError(f"{k} must be above 0, not {getattr(self, k)}")
     for k in ("min_area", "proportion_empty_prompts", "adam_beta1", "adam_beta2", "ema_decay"):
-        if not 0 <= getattr(self, k) < 1: raise ConfigError(f"{k} must be in [0, 1), not {getattr(self, k)}")
-    if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_model_id or ""): raise ConfigError(f"push_to_hub needs hub_model_id, user/name, not {self.hub_model_id!r}")
-    if self.validation_steps and not self.val_pictures: raise ConfigError("validation_steps needs val_pictures above 0: there is nothing to judge on")
-    if self.batch_size % self.gradient_accumulation_steps: raise ConfigError(f"batch_size {self.batch_size} cannot be cut into gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts")
-    if self.stratified_t and self.batch_size < 2 and 0 < self.T < 1000: raise ConfigError("stratified_t needs batch_size 2 or more: a step of one picture has one timestep, below T or not")
-    if self.use_8bit_adam and not find_spec("bitsandbytes"): raise ConfigError("use_8bit_adam needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or leave the switch off")
-    if self.data_root is None and self.base != "tiny": raise ConfigError(f"data_root is needed with base {self.base!r}: the folder of a COCO 2017 data set (annotations/, train2017/, val2017/)")
-    if self.data_root is not None: _check_root(Path(self.data_root))
+        if not 0 <= getattr(self, k) < 1:
+            raise ConfigError(f"{k} must be in [0, 1), not {getattr(self, k)}")
+    if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_model_id or ""):
+        raise ConfigError(f"push_to_hub needs hub_model_id, user/name, not {self.hub_model_id!r}")
+    if self.validation_steps and not self.val_pictures:
+        raise ConfigError(
+            "validation_steps needs val_pictures above 0: there is nothing to judge on"
+        )
+    if self.batch_size % self.gradient_accumulation_steps:
+        raise ConfigError(
+            f"batch_size {self.batch_size} cannot be cut into gradient_accumulation_steps {self.gradient_accumulation_steps} equal parts"
+        )
+    if self.stratified_t and self.batch_size < 2 and 0 < self.T < 1000:
+        raise ConfigError(
+            "stratified_t needs batch_size 2 or more: a step of one picture has one timestep, below T or not"
+        )
+    if self.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise ConfigError(
+            "use_8bit_adam needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or leave the switch off"
+        )
+    if self.data_root is None and self.base != "tiny":
+        raise ConfigError(
+            f"data_root is needed with base {self.base!r}: the folder of a COCO 2017 data set (annotations/, train2017/, val2017/)"
+        )
+    if self.data_root is not None:
+        _check_root(Path(self.data_root))
+
 
 def _check_root(root):
     "Is there a COCO root, or a folder of manifests? Looks at names only."
-    if not root.is_dir(): raise ConfigError(f"data_root {root} is not a folder")
-    made = [s for s in ("train", "val") if (root/s/"manifest.json").is_file()]
-    if len(made) == 2: return
-    if made: raise ConfigError(f"data_root {root} has a manifest of {made[0]} only: make the other with masked-ldm-data build, into the same folder")
-    lost = [p for p in (f"{kind}_{s}2017.json" for s in ("train", "val") for kind in ("instances", "captions")) if not (root/"annotations"/p).is_file()] 
-    lost = [f"annotations/{p}" for p in lost] + [f"{s}2017/" for s in ("train", "val") if not (root/f"{s}2017").is_dir()]
-    if lost: raise ConfigError(f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(lost)}")
+    if not root.is_dir():
+        raise ConfigError(f"data_root {root} is not a folder")
+    made = [s for s in ("train", "val") if (root / s / "manifest.json").is_file()]
+    if len(made) == 2:
+        return
+    if made:
+        raise ConfigError(
+            f"data_root {root} has a manifest of {made[0]} only: make the other with masked-ldm-data build, into the same folder"
+        )
+    lost = [
+        p
+        for p in (
+            f"{kind}_{s}2017.json" for s in ("train", "val") for kind in ("instances", "captions")
+        )
+        if not (root / "annotations" / p).is_file()
+    ]
+    lost = [f"annotations/{p}" for p in lost] + [
+        f"{s}2017/" for s in ("train", "val") if not (root / f"{s}2017").is_dir()
+    ]
+    if lost:
+        raise ConfigError(f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(lost)}")
 
 # %% ../nbs/05a_config.ipynb #ce0eb24d
-def _module(names): return getattr(names.get("__spec__"), "name", None) or names.get("__name__", "")   # python -m calls a module __main__
+def _module(names):
+    return getattr(names.get("__spec__"), "name", None) or names.get(
+        "__name__", ""
+    )  # python -m calls a module __main__
 
-def told(e): # an exception that was caught
+
+def told(e):  # an exception that was caught
     "Was this raised on purpose, with a sentence that says enough?"
     tb = e.__traceback__
-    while tb and tb.tb_next: tb = tb.tb_next
-    return isinstance(e, (ConfigError, FileNotFoundError)) or (isinstance(e, (ValueError, OSError, RuntimeError, ArithmeticError)) and tb is not None and _module(tb.tb_frame.f_globals).startswith("masked_ldm"))
+    while tb and tb.tb_next:
+        tb = tb.tb_next
+    return isinstance(e, (ConfigError, FileNotFoundError)) or (
+        isinstance(e, (ValueError, OSError, RuntimeError, ArithmeticError))
+        and tb is not None
+        and _module(tb.tb_frame.f_globals).startswith("masked_ldm")
+    )

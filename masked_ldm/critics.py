@@ -13,314 +13,644 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from scipy import ndimage
 from torch import nn
-from .draw import BOTTOMS, COLORS, EYES, HAIRS, HAIR_STYLES, HATS, JOINTS, KINDS, MOODS, PARTS, POSES, PROPS, SKINS, TOPS
+
+from masked_ldm.draw import (
+    BOTTOMS,
+    COLORS,
+    EYES,
+    HAIR_STYLES,
+    HAIRS,
+    HATS,
+    JOINTS,
+    KINDS,
+    MOODS,
+    PARTS,
+    POSES,
+    PROPS,
+    SKINS,
+    TOPS,
+)
 from .face_loss import crop_faces
 from .fit import Fit
 from .people import LIGHTS, PLACES, annotate, captions, render, sample_scene
 from .show import progress
 
 # %% ../nbs/10b_critics.ipynb #1d9cc17e
-GROUPS = dict(kind=tuple(KINDS), skin=tuple(SKINS), eyes=tuple(EYES), hair=HAIR_STYLES, hair_color=tuple(HAIRS), mood=MOODS, action=tuple(POSES),
-              top=TOPS, top_color=tuple(COLORS), bottom=BOTTOMS, bottom_color=tuple(COLORS), hat=("", *HATS), prop=("", *PROPS))
+GROUPS = dict(
+    kind=tuple(KINDS),
+    skin=tuple(SKINS),
+    eyes=tuple(EYES),
+    hair=HAIR_STYLES,
+    hair_color=tuple(HAIRS),
+    mood=MOODS,
+    action=tuple(POSES),
+    top=TOPS,
+    top_color=tuple(COLORS),
+    bottom=BOTTOMS,
+    bottom_color=tuple(COLORS),
+    hat=("", *HATS),
+    prop=("", *PROPS),
+)
 HEAD = ("kind", "eyes", "hair", "hair_color", "mood", "hat")  # what only a head shows
 SCENE = dict(place=tuple(PLACES), light=tuple(LIGHTS), people=(0, 1, 2, 3))
 
-def visible(scene, # `Scene`
-            p,     # one of its people
-           ): # {group: value}
+
+def visible(
+    scene,  # `Scene`
+    p,  # one of its people
+):  # {group: value}
     "What a picture shows of a person."
-    near = scene.framing in ("half", "close"); bare = near or p.top == "dress"
-    hidden = dict(eyes=p.mood == "laughing" or scene.framing == "small", hair_color=p.look.hair == "bald", action=scene.framing == "close", top=scene.framing == "close", bottom=bare, bottom_color=bare)
+    near = scene.framing in ("half", "close")
+    bare = near or p.top == "dress"
+    hidden = dict(
+        eyes=p.mood == "laughing" or scene.framing == "small",
+        hair_color=p.look.hair == "bald",
+        action=scene.framing == "close",
+        top=scene.framing == "close",
+        bottom=bare,
+        bottom_color=bare,
+    )
     return {g: getattr(p.look if hasattr(p.look, g) else p, g) for g in GROUPS if not hidden.get(g)}
 
 # %% ../nbs/10b_critics.ipynb #50a17ea9
-def captioned(scene, # `Scene`
-             ): # {group: value}
+def captioned(
+    scene,  # `Scene`
+):  # {group: value}
     "What `captions(scene)[0]` says."
     out = dict(place=scene.place, light=scene.light, people=len(scene.people))
     if len(scene.people) == 1:
-        p = scene.people[0]; said = visible(scene, p)
+        p = scene.people[0]
+        said = visible(scene, p)
         out |= {g: v for g, v in said.items() if g != "skin" and (g != "prop" or p.prop)}
     return out
 
 # %% ../nbs/10b_critics.ipynb #63e5990b
 def _record(seed, identities, people, id):
     s = sample_scene(seed, id, identities)
-    if not people: s = replace(s, people=(), identities=())
-    d = render(s, 64); k = d.labels.shape[0]//64
-    attributes, joints, faces, who, order = np.full((3, len(GROUPS)), -1, np.int8), np.zeros((3, 17, 3), np.float32), np.full((3, 4), np.nan, np.float32), np.full(3, -1, np.int32), np.full(3, -1, np.int8)
-    order[:len(s.people)] = np.argsort([p.x for p in s.people], kind="stable")
+    if not people:
+        s = replace(s, people=(), identities=())
+    d = render(s, 64)
+    k = d.labels.shape[0] // 64
+    attributes, joints, faces, who, order = (
+        np.full((3, len(GROUPS)), -1, np.int8),
+        np.zeros((3, 17, 3), np.float32),
+        np.full((3, 4), np.nan, np.float32),
+        np.full(3, -1, np.int32),
+        np.full(3, -1, np.int8),
+    )
+    order[: len(s.people)] = np.argsort([p.x for p in s.people], kind="stable")
     for i, p in enumerate(s.people):
-        seen = visible(s, p); who[i] = s.identities[i]
+        seen = visible(s, p)
+        who[i] = s.identities[i]
         attributes[i] = [v.index(seen[g]) if g in seen else -1 for g, v in GROUPS.items()]
     for a in annotate(d, 0):
-        joints[a["id"]] = np.reshape(a["keypoints"], (17, 3)); x, y, w, h = a["face_box"]
-        if a["face_valid"]: faces[a["id"]] = x, y, x+w, y+h
+        joints[a["id"]] = np.reshape(a["keypoints"], (17, 3))
+        x, y, w, h = a["face_box"]
+        if a["face_valid"]:
+            faces[a["id"]] = x, y, x + w, y + h
     scene = [SCENE["place"].index(s.place), SCENE["light"].index(s.light), len(s.people)]
-    face = ((d.labels % 8 == PARTS.index("face")) & (d.labels >= 8)).reshape(64, k, 64, k).mean((1, 3))
-    return dict(pictures=np.asarray(d.image), labels=d.labels[k//2::k, k//2::k].copy(), face=(face*255).astype(np.uint8), attributes=attributes, scene=np.int8(scene), joints=joints, faces=faces, identities=who, order=order,
-                captions=np.array(captions(s) if people else [""]*5))
+    face = (
+        ((d.labels % 8 == PARTS.index("face")) & (d.labels >= 8)).reshape(64, k, 64, k).mean((1, 3))
+    )
+    return dict(
+        pictures=np.asarray(d.image),
+        labels=d.labels[k // 2 :: k, k // 2 :: k].copy(),
+        face=(face * 255).astype(np.uint8),
+        attributes=attributes,
+        scene=np.int8(scene),
+        joints=joints,
+        faces=faces,
+        identities=who,
+        order=order,
+        captions=np.array(captions(s) if people else [""] * 5),
+    )
 
-def world_arrays(ids,           # picture ids
-                 identities=range(1000), # who lives there
-                 seed=0,        # of the world
-                 people=True,   # or the same places, empty
-                 workers=0,     # processes
-                ): # dict of arrays: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`, face (n,64,64) share of face x 255, attributes (n,3,13), scene (n,3), joints (n,3,17,3) and faces (n,3,4) in pixels, identities (n,3), order (n,3) of the people from left to right, captions (n,5)
+
+def world_arrays(
+    ids,  # picture ids
+    identities=range(1000),  # who lives there
+    seed=0,  # of the world
+    people=True,  # or the same places, empty
+    workers=0,  # processes
+):  # dict of arrays: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`, face (n,64,64) share of face x 255, attributes (n,3,13), scene (n,3), joints (n,3,17,3) and faces (n,3,4) in pixels, identities (n,3), order (n,3) of the people from left to right, captions (n,5)
     "Pictures of the built-in world and all that is true of them; -1 or NaN where there is nobody or nothing to see."
     f = partial(_record, seed, identities, people)
     if workers:
-        with ProcessPoolExecutor(workers) as ex: out = list(ex.map(f, ids, chunksize=200))
-    else: out = [f(i) for i in ids]
+        with ProcessPoolExecutor(workers) as ex:
+            out = list(ex.map(f, ids, chunksize=200))
+    else:
+        out = [f(i) for i in ids]
     return {k: np.stack([o[k] for o in out]) for k in out[0]}
 
-def to_pixels(x): # (B,H,W,3) uint8
+
+def to_pixels(x):  # (B,H,W,3) uint8
     "(B,3,H,W) RGB in [-1,1]."
-    return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()/127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 # %% ../nbs/10b_critics.ipynb #ca44abda
 class TapNet(ModelMixin, ConfigMixin):
     "A VGG-shaped network that returns the features of each block."
+
     @register_to_config
-    def __init__(self, widths=(32, 64, 96, 128), # channels of the blocks; each block but the first starts by halving the side
-                 size=32,                        # side of the face crops it is made for, pixels
-                 weights=None):                  # weight of each block in a distance, if it was calibrated
+    def __init__(
+        self,
+        widths=(
+            32,
+            64,
+            96,
+            128,
+        ),  # channels of the blocks; each block but the first starts by halving the side
+        size=32,  # side of the face crops it is made for, pixels
+        weights=None,
+    ):  # weight of each block in a distance, if it was calibrated
         super().__init__()
         self.blocks = nn.ModuleList()
         for i, (a, b) in enumerate(zip((3, *widths), widths)):
-            self.blocks.append(nn.Sequential(*([nn.MaxPool2d(2)] if i else []), nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.ReLU()))
+            self.blocks.append(
+                nn.Sequential(
+                    *([nn.MaxPool2d(2)] if i else []),
+                    nn.Conv2d(a, b, 3, padding=1),
+                    nn.ReLU(),
+                    nn.Conv2d(b, b, 3, padding=1),
+                    nn.ReLU(),
+                )
+            )
 
-    face_layers = property(lambda self: tuple(f"blocks.{i}" for i in range(len(self.blocks)))) # what `FaceLoss` taps
+    face_layers = property(
+        lambda self: tuple(f"blocks.{i}" for i in range(len(self.blocks)))
+    )  # what `FaceLoss` taps
     face_size = property(lambda self: self.config.size)
     face_weights = property(lambda self: self.config.weights)
-    heads = property(lambda self: self.config.weights and [torch.full((n,), w) for n, w in zip(self.config.widths, self.config.weights)]) # what `MaskedLPIPS` weighs layers by
+    heads = property(
+        lambda self: (
+            self.config.weights
+            and [torch.full((n,), w) for n, w in zip(self.config.widths, self.config.weights)]
+        )
+    )  # what `MaskedLPIPS` weighs layers by
 
-    def forward(self, x): # (B,3,H,W) RGB in [-1,1]
+    def forward(self, x):  # (B,3,H,W) RGB in [-1,1]
         "[(B,C,H/2^i,W/2^i), ...], one a block."
         taps = []
-        for block in self.blocks: x = block(x); taps.append(x)
+        for block in self.blocks:
+            x = block(x)
+            taps.append(x)
         return taps
 
-def random_tapnet(seed, **kw): # of the weights; the rest goes to `TapNet`
+
+def random_tapnet(seed, **kw):  # of the weights; the rest goes to `TapNet`
     "A `TapNet` with He-normal random weights, the same for the same seed."
-    net = TapNet(**kw); g = torch.Generator().manual_seed(seed)
+    net = TapNet(**kw)
+    g = torch.Generator().manual_seed(seed)
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): m.weight.data.normal_(0, math.sqrt(2/(m.in_channels*9)), generator=g); m.bias.data.zero_()
+        if isinstance(m, nn.Conv2d):
+            m.weight.data.normal_(0, math.sqrt(2 / (m.in_channels * 9)), generator=g)
+            m.bias.data.zero_()
     return net.eval()
 
 # %% ../nbs/10b_critics.ipynb #6262efeb
 class Critic(TapNet):
     "A `TapNet` that can say what it sees."
+
     @register_to_config
-    def __init__(self, widths=(32, 64, 96, 128), # of the blocks
-                 neck=64,                        # channels in which the depths are added up
-                 size=32, weights=None):         # as in `TapNet`
+    def __init__(
+        self,
+        widths=(32, 64, 96, 128),  # of the blocks
+        neck=64,  # channels in which the depths are added up
+        size=32,
+        weights=None,
+    ):  # as in `TapNet`
         super().__init__(widths=widths, size=size, weights=weights)
         self.side = nn.ModuleList(nn.Conv2d(w, neck, 1) for w in widths[1:])
         self.mix = nn.ModuleList(nn.Conv2d(neck, neck, 3, padding=1) for _ in widths[1:])
         self.dense = nn.Conv2d(neck, 2 + 17 + sum(map(len, GROUPS.values())), 1)
         self.whole = nn.Linear(widths[-1], sum(map(len, SCENE.values())))
 
-    def read(self, x, # (B,3,H,W) RGB in [-1,1]
-            ): # dict of logits: person, face (B,1,h,w), joints (B,17,h,w), cells {group: (B,n,h,w)}, scene {group: (B,n)}; h = H/2
+    def read(
+        self,
+        x,  # (B,3,H,W) RGB in [-1,1]
+    ):  # dict of logits: person, face (B,1,h,w), joints (B,17,h,w), cells {group: (B,n,h,w)}, scene {group: (B,n)}; h = H/2
         "What it sees."
         taps, y = self(x), None
         for side, mix, f in list(zip(self.side, self.mix, taps[1:]))[::-1]:
-            y = side(f) + (0 if y is None else F.interpolate(y, scale_factor=2.)); y = y + F.relu(mix(F.relu(y)))
-        person, face, joints, cells = self.dense(y).float().split([1, 1, 17, self.dense.out_channels-19], 1); scene = self.whole(taps[-1].mean((2, 3))).float()
-        return dict(person=person, face=face, joints=joints, cells=dict(zip(GROUPS, cells.split([len(v) for v in GROUPS.values()], 1))), scene=dict(zip(SCENE, scene.split([len(v) for v in SCENE.values()], 1))))
+            y = side(f) + (0 if y is None else F.interpolate(y, scale_factor=2.0))
+            y = y + F.relu(mix(F.relu(y)))
+        person, face, joints, cells = (
+            self.dense(y).float().split([1, 1, 17, self.dense.out_channels - 19], 1)
+        )
+        scene = self.whole(taps[-1].mean((2, 3))).float()
+        return dict(
+            person=person,
+            face=face,
+            joints=joints,
+            cells=dict(zip(GROUPS, cells.split([len(v) for v in GROUPS.values()], 1))),
+            scene=dict(zip(SCENE, scene.split([len(v) for v in SCENE.values()], 1))),
+        )
 
 # %% ../nbs/10b_critics.ipynb #f3248256
 _HEAD_PARTS = torch.tensor([PARTS.index(k) for k in ("hair", "face", "hat")])
-_SWAP = [JOINTS.index(j.replace("left", "?").replace("right", "left").replace("?", "right")) for j in JOINTS]
+_SWAP = [
+    JOINTS.index(j.replace("left", "?").replace("right", "left").replace("?", "right"))
+    for j in JOINTS
+]
 
-def lesson(world, # from `world_arrays`
-           k,     # indices
-           flip=False,
-          ): # dict: x (B,3,64,64) in [-1,1]; person, face (B,1,32,32) shares; joints (B,17,32,32) in [0,1]; who (B,32,32), 0 nobody; head (B,32,32) bool; attributes (B,3,13); scene (B,3)
+
+def lesson(
+    world,  # from `world_arrays`
+    k,  # indices
+    flip=False,
+):  # dict: x (B,3,64,64) in [-1,1]; person, face (B,1,32,32) shares; joints (B,17,32,32) in [0,1]; who (B,32,32), 0 nobody; head (B,32,32) bool; attributes (B,3,13); scene (B,3)
     "Pictures and what a critic should say of them."
     pics, labels, kp = world["pictures"][k], world["labels"][k], world["joints"][k]
-    if flip: pics, labels, kp = pics[:, :, ::-1], labels[:, :, ::-1].copy(), kp[:, :, _SWAP].copy(); kp[..., 0] = 64 - kp[..., 0]
-    labels, kp, c = torch.from_numpy(labels).long(), torch.from_numpy(kp), torch.arange(32) + .5
-    d2 = (c.view(1, 1, 1, 1, -1) - kp[..., 0, None, None]/2)**2 + (c.view(1, 1, 1, -1, 1) - kp[..., 1, None, None]/2)**2
-    share = lambda on: F.avg_pool2d(on.float()[:, None], 2)
-    return dict(x=to_pixels(pics), person=share(labels >= 8), face=share((labels >= 8) & (labels % 8 == PARTS.index("face"))), joints=(torch.exp(-d2/(2*1.2**2))*(kp[..., 2] > 0)[..., None, None]).amax(1),
-                who=labels[:, 1::2, 1::2]//8, head=(labels >= 8)[:, 1::2, 1::2] & torch.isin(labels[:, 1::2, 1::2] % 8, _HEAD_PARTS), attributes=torch.from_numpy(world["attributes"][k]).long(), scene=torch.from_numpy(world["scene"][k]).long())
+    if flip:
+        pics, labels, kp = pics[:, :, ::-1], labels[:, :, ::-1].copy(), kp[:, :, _SWAP].copy()
+        kp[..., 0] = 64 - kp[..., 0]
+    labels, kp, c = torch.from_numpy(labels).long(), torch.from_numpy(kp), torch.arange(32) + 0.5
+    d2 = (c.view(1, 1, 1, 1, -1) - kp[..., 0, None, None] / 2) ** 2 + (
+        c.view(1, 1, 1, -1, 1) - kp[..., 1, None, None] / 2
+    ) ** 2
 
-def critic_loss(r, # from `Critic.read`
-                want, # from `lesson`
-               ): # {part: scalar}
+    def share(on):
+        return F.avg_pool2d(on.float()[:, None], 2)
+
+    return dict(
+        x=to_pixels(pics),
+        person=share(labels >= 8),
+        face=share((labels >= 8) & (labels % 8 == PARTS.index("face"))),
+        joints=(torch.exp(-d2 / (2 * 1.2**2)) * (kp[..., 2] > 0)[..., None, None]).amax(1),
+        who=labels[:, 1::2, 1::2] // 8,
+        head=(labels >= 8)[:, 1::2, 1::2] & torch.isin(labels[:, 1::2, 1::2] % 8, _HEAD_PARTS),
+        attributes=torch.from_numpy(world["attributes"][k]).long(),
+        scene=torch.from_numpy(world["scene"][k]).long(),
+    )
+
+
+def critic_loss(
+    r,  # from `Critic.read`
+    want,  # from `lesson`
+):  # {part: scalar}
     "How far a reading is from the truth."
-    bce = F.binary_cross_entropy_with_logits; out = {k: bce(r[k], want[k]) for k in ("person", "face")} | dict(joints=30*bce(r["joints"], want["joints"]))
-    out["scene"] = sum(F.cross_entropy(v, want["scene"][:, i]) for i, v in enumerate(r["scene"].values()))
+    bce = F.binary_cross_entropy_with_logits
+    out = {k: bce(r[k], want[k]) for k in ("person", "face")} | dict(
+        joints=30 * bce(r["joints"], want["joints"])
+    )
+    out["scene"] = sum(
+        F.cross_entropy(v, want["scene"][:, i]) for i, v in enumerate(r["scene"].values())
+    )
     who, head, total = want["who"], want["head"], 0
-    def once(on): area = torch.stack([((who == i) & on).sum((1, 2)) for i in range(4)], 1).clamp(min=4); return (1/area).gather(1, who.flatten(1)).view_as(who)*on
+
+    def once(on):
+        area = torch.stack([((who == i) & on).sum((1, 2)) for i in range(4)], 1).clamp(min=4)
+        return (1 / area).gather(1, who.flatten(1)).view_as(who) * on
+
     weight = {True: once(head), False: once(who > 0)}
     for j, (g, v) in enumerate(r["cells"].items()):
-        y = F.pad(want["attributes"][:, :, j], (1, 0), value=-1).gather(1, who.flatten(1)).view_as(who); w = weight[g in HEAD]*(y >= 0)
-        total = total + (F.cross_entropy(v, y, ignore_index=-1, reduction="none")*w).sum()/w.sum().clamp(min=1)
+        y = (
+            F.pad(want["attributes"][:, :, j], (1, 0), value=-1)
+            .gather(1, who.flatten(1))
+            .view_as(who)
+        )
+        w = weight[g in HEAD] * (y >= 0)
+        total = total + (
+            F.cross_entropy(v, y, ignore_index=-1, reduction="none") * w
+        ).sum() / w.sum().clamp(min=1)
     return out | dict(attributes=total)
 
 # %% ../nbs/10b_critics.ipynb #44bfa53b
 @torch.no_grad()
-def equal_weights(net, # `TapNet`
-                  x,   # (B,3,H,W) RGB in [-1,1], B pictures of different things
-                 ): # list, one a block
+def equal_weights(
+    net,  # `TapNet`
+    x,  # (B,3,H,W) RGB in [-1,1], B pictures of different things
+):  # list, one a block
     "Layer weights with which every block has an equal say in LPIPS, and two different pictures are 1 apart."
-    unit = lambda f: f*(f.square().sum(1, keepdim=True) + 1e-10).rsqrt()
-    d = [(unit(f) - unit(f).roll(1, 0)).square().sum(1).mean().item() for f in net(x)]
-    return [1/(len(d)*max(v, 1e-12)) for v in d]
 
-def train_critic(folder, # where it goes; its checkpoint is written beside
-                 world,  # from `world_arrays`, with some empty pictures
-                 steps,  # optimiser steps
-                 batch=48, # pictures a step
-                 seed=0,   # of weights and order
-                 device="cpu", **kw): # to train on; the rest goes to `Critic`
+    def unit(f):
+        return f * (f.square().sum(1, keepdim=True) + 1e-10).rsqrt()
+
+    d = [(unit(f) - unit(f).roll(1, 0)).square().sum(1).mean().item() for f in net(x)]
+    return [1 / (len(d) * max(v, 1e-12)) for v in d]
+
+
+def train_critic(
+    folder,  # where it goes; its checkpoint is written beside
+    world,  # from `world_arrays`, with some empty pictures
+    steps,  # optimiser steps
+    batch=48,  # pictures a step
+    seed=0,  # of weights and order
+    device="cpu",
+    **kw,
+):  # to train on; the rest goes to `Critic`
     "Train a `Critic` and save its average, which is returned."
-    torch.manual_seed(seed); n = len(world["pictures"]); fit = Fit(Critic(**kw).to(device, memory_format=torch.channels_last), steps, f"{folder}.ckpt", key=dict(seed=seed, batch=batch, pictures=n))
+    torch.manual_seed(seed)
+    n = len(world["pictures"])
+    fit = Fit(
+        Critic(**kw).to(device, memory_format=torch.channels_last),
+        steps,
+        f"{folder}.ckpt",
+        key=dict(seed=seed, batch=batch, pictures=n),
+    )
     for i in progress(fit.left, Path(folder).name):
-        rng = np.random.default_rng([seed, i]); want = {k: v.to(device) for k, v in lesson(world, rng.integers(0, n, batch), rng.random() < .5).items()}
-        with torch.autocast(torch.device(device).type, torch.bfloat16): r = fit.model.read(want["x"].contiguous(memory_format=torch.channels_last))
+        rng = np.random.default_rng([seed, i])
+        want = {
+            k: v.to(device)
+            for k, v in lesson(world, rng.integers(0, n, batch), rng.random() < 0.5).items()
+        }
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            r = fit.model.read(want["x"].contiguous(memory_format=torch.channels_last))
         fit.step(sum(critic_loss(r, want).values()))
-    fit.ema.register_to_config(weights=equal_weights(fit.ema, to_pixels(world["pictures"][:256]).to(device))); fit.ema.save_pretrained(folder)
+    fit.ema.register_to_config(
+        weights=equal_weights(fit.ema, to_pixels(world["pictures"][:256]).to(device))
+    )
+    fit.ema.save_pretrained(folder)
     return fit.ema
 
 # %% ../nbs/10b_critics.ipynb #c6bfe491
 class FaceNet(TapNet):
     "A `TapNet` whose last block becomes an embedding of a face."
+
     @register_to_config
-    def __init__(self, widths=(32, 64, 96), # of the blocks
-                 dim=64,                    # of the embedding
-                 size=32, weights=None):    # as in `TapNet`
+    def __init__(
+        self,
+        widths=(32, 64, 96),  # of the blocks
+        dim=64,  # of the embedding
+        size=32,
+        weights=None,
+    ):  # as in `TapNet`
         super().__init__(widths=widths, size=size, weights=weights)
-        self.out = nn.Linear(widths[-1]*16, dim)
+        self.out = nn.Linear(widths[-1] * 16, dim)
 
-    def embed(self, crops, # (M,3,size,size) RGB in [-1,1]
-             ): # (M,dim) of unit length
+    def embed(
+        self,
+        crops,  # (M,3,size,size) RGB in [-1,1]
+    ):  # (M,dim) of unit length
         "Who is it?"
-        return F.normalize(self.out(F.adaptive_avg_pool2d(self(crops)[-1], 4).flatten(1)).float(), dim=1)
+        return F.normalize(
+            self.out(F.adaptive_avg_pool2d(self(crops)[-1], 4).flatten(1)).float(), dim=1
+        )
 
-def face_rows(world,     # from `world_arrays`
-              least=10): # pixels a face must measure
+
+def face_rows(
+    world,  # from `world_arrays`
+    least=10,
+):  # pixels a face must measure
     "((M,5) float boxes as `FaceLoss` takes them, (M,) identities) of all faces that can be seen."
-    k, i = np.nonzero(((world["faces"][..., 2:] - world["faces"][..., :2]).min(-1) >= least)); return torch.from_numpy(np.column_stack([k, world["faces"][k, i]])).float(), world["identities"][k, i]
+    k, i = np.nonzero(((world["faces"][..., 2:] - world["faces"][..., :2]).min(-1) >= least))
+    return torch.from_numpy(np.column_stack([k, world["faces"][k, i]])).float(), world[
+        "identities"
+    ][k, i]
 
-def train_face(folder, # where it goes; its checkpoint is written beside
-               world,  # from `world_arrays`
-               steps,  # optimiser steps
-               batch=128, # faces a step
-               seed=0,    # of weights and order
-               device="cpu", **kw): # to train on; the rest goes to `FaceNet`
+
+def train_face(
+    folder,  # where it goes; its checkpoint is written beside
+    world,  # from `world_arrays`
+    steps,  # optimiser steps
+    batch=128,  # faces a step
+    seed=0,  # of weights and order
+    device="cpu",
+    **kw,
+):  # to train on; the rest goes to `FaceNet`
     "Train a `FaceNet` and save its average, which is returned."
-    torch.manual_seed(seed); rows, who = face_rows(world); names, y = np.unique(who, return_inverse=True); y = torch.from_numpy(y).to(device)
-    model = nn.ModuleDict(dict(net=FaceNet(**kw).to(memory_format=torch.channels_last), people=nn.Linear(kw.get("dim", 64), len(names), bias=False))).to(device)
-    fit = Fit(model, steps, f"{folder}.ckpt", plain=("people",), key=dict(seed=seed, batch=batch, faces=len(rows)))
+    torch.manual_seed(seed)
+    rows, who = face_rows(world)
+    names, y = np.unique(who, return_inverse=True)
+    y = torch.from_numpy(y).to(device)
+    model = nn.ModuleDict(
+        dict(
+            net=FaceNet(**kw).to(memory_format=torch.channels_last),
+            people=nn.Linear(kw.get("dim", 64), len(names), bias=False),
+        )
+    ).to(device)
+    fit = Fit(
+        model,
+        steps,
+        f"{folder}.ckpt",
+        plain=("people",),
+        key=dict(seed=seed, batch=batch, faces=len(rows)),
+    )
     for i in progress(fit.left, Path(folder).name):
-        g = torch.Generator().manual_seed(seed*1_000_003 + i); k = torch.randint(0, len(rows), (batch,), generator=g); b = rows[k].clone(); where = b[:, 0].long().numpy()
-        side = (b[:, 3:] - b[:, 1:3]).repeat(1, 2); b[:, 1:] += side*.06*torch.randn(b[:, 1:].shape, generator=g); b[:, 0] = torch.arange(batch)
-        x = crop_faces(to_pixels(world["pictures"][where]), b, 32); x = (x.flip(-1) if i % 2 else x).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16): e = model["net"].embed(x.contiguous(memory_format=torch.channels_last))
+        g = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        k = torch.randint(0, len(rows), (batch,), generator=g)
+        b = rows[k].clone()
+        where = b[:, 0].long().numpy()
+        side = (b[:, 3:] - b[:, 1:3]).repeat(1, 2)
+        b[:, 1:] += side * 0.06 * torch.randn(b[:, 1:].shape, generator=g)
+        b[:, 0] = torch.arange(batch)
+        x = crop_faces(to_pixels(world["pictures"][where]), b, 32)
+        x = (x.flip(-1) if i % 2 else x).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            e = model["net"].embed(x.contiguous(memory_format=torch.channels_last))
         cos = e @ F.normalize(model["people"].weight, dim=1).T
-        own = y[k.to(device)]; fit.step(F.cross_entropy(16*(cos - .2*F.one_hot(own, len(names))), own))
-    net = fit.ema["net"].cpu(); few = rows[:512]; net.register_to_config(weights=_face_weights(net, crop_faces(to_pixels(world["pictures"][few[:, 0].long().numpy()]), torch.cat([torch.arange(len(few))[:, None], few[:, 1:]], 1), 32)))
-    net.save_pretrained(folder); return net
+        own = y[k.to(device)]
+        fit.step(F.cross_entropy(16 * (cos - 0.2 * F.one_hot(own, len(names))), own))
+    net = fit.ema["net"].cpu()
+    few = rows[:512]
+    net.register_to_config(
+        weights=_face_weights(
+            net,
+            crop_faces(
+                to_pixels(world["pictures"][few[:, 0].long().numpy()]),
+                torch.cat([torch.arange(len(few))[:, None], few[:, 1:]], 1),
+                32,
+            ),
+        )
+    )
+    net.save_pretrained(folder)
+    return net
+
 
 @torch.no_grad()
-def _face_weights(net, crops): d = [(f - f.roll(1, 0)).abs().mean().item() for f in net(crops)]; return [1/(len(d)*max(v, 1e-12)) for v in d]
+def _face_weights(net, crops):
+    d = [(f - f.roll(1, 0)).abs().mean().item() for f in net(crops)]
+    return [1 / (len(d) * max(v, 1e-12)) for v in d]
 
 # %% ../nbs/10b_critics.ipynb #fbd2709d
 @torch.no_grad()
-def embed_faces(net, # `FaceNet`
-                pictures, # (B,H,W,3) uint8
-                rows):    # (M,5)
+def embed_faces(
+    net,  # `FaceNet`
+    pictures,  # (B,H,W,3) uint8
+    rows,
+):  # (M,5)
     "(M,dim) embeddings of the faces at `rows`."
-    return torch.cat([net.embed(crop_faces(to_pixels(pictures[r[:, 0].long().numpy()]), torch.cat([torch.arange(len(r))[:, None], r[:, 1:]], 1), net.face_size)) for r in rows.split(256)])
+    return torch.cat(
+        [
+            net.embed(
+                crop_faces(
+                    to_pixels(pictures[r[:, 0].long().numpy()]),
+                    torch.cat([torch.arange(len(r))[:, None], r[:, 1:]], 1),
+                    net.face_size,
+                )
+            )
+            for r in rows.split(256)
+        ]
+    )
 
-def verification(e,     # (M,dim) unit embeddings
-                 who,   # (M,) identities
-                 alike=None, # (M,) labels: pairs of two people only where these are equal, which makes it hard
-                 seed=0): # of the choice of pairs
+
+def verification(
+    e,  # (M,dim) unit embeddings
+    who,  # (M,) identities
+    alike=None,  # (M,) labels: pairs of two people only where these are equal, which makes it hard
+    seed=0,
+):  # of the choice of pairs
     "Share of pairs told right: one person or two? As many of each; the threshold comes from one half of the people and is judged on the other, both ways. NaN without pairs."
-    rng, e, who = np.random.default_rng(seed), e.numpy(), np.asarray(who); names = rng.permutation(np.unique(who)); halves = []
+    rng, e, who = np.random.default_rng(seed), e.numpy(), np.asarray(who)
+    names = rng.permutation(np.unique(who))
+    halves = []
     for part in (names[::2], names[1::2]):
-        k = np.flatnonzero(np.isin(who, part)); a, b = (k[v] for v in np.triu_indices(len(k), 1)); same = who[a] == who[b]; other = ~same if alike is None else ~same & (np.asarray(alike)[a] == np.asarray(alike)[b])
-        pairs = [rng.permutation(np.flatnonzero(v)) for v in (same, other)]; n = min(4000, *map(len, pairs))
-        if not n: return float("nan")
-        on = np.concatenate([v[:n] for v in pairs]); halves.append(((e[a[on]]*e[b[on]]).sum(1), np.repeat([True, False], n)))
-    best = lambda cos, y: max(np.unique(cos), key=lambda t: ((cos >= t) == y).mean())
+        k = np.flatnonzero(np.isin(who, part))
+        a, b = (k[v] for v in np.triu_indices(len(k), 1))
+        same = who[a] == who[b]
+        other = ~same if alike is None else ~same & (np.asarray(alike)[a] == np.asarray(alike)[b])
+        pairs = [rng.permutation(np.flatnonzero(v)) for v in (same, other)]
+        n = min(4000, *map(len, pairs))
+        if not n:
+            return float("nan")
+        on = np.concatenate([v[:n] for v in pairs])
+        halves.append(((e[a[on]] * e[b[on]]).sum(1), np.repeat([True, False], n)))
+
+    def best(cos, y):
+        return max(np.unique(cos), key=lambda t: ((cos >= t) == y).mean())
+
     return float(np.mean([((v >= best(*u)) == y).mean() for u, (v, y) in (halves, halves[::-1])]))
 
 # %% ../nbs/10b_critics.ipynb #70b5a517
 @torch.no_grad()
-def tell(critic, x): # `Critic`; (B,3,64,64) RGB in [-1,1]
+def tell(critic, x):  # `Critic`; (B,3,64,64) RGB in [-1,1]
     "dict of arrays: person, face (B,) bool; says {group: (B,) index}; mask (B,32,32) bool; heat (B,17,32,32); box (B,4) of the largest face in pixels, NaN if none."
     out = []
     for part in x.split(100):
-        r = critic.read(part); p, f = r["person"].sigmoid(), (r["face"].sigmoid() > .5)[:, 0].numpy(); box = np.full((len(part), 4), np.nan, np.float32)
+        r = critic.read(part)
+        p, f = r["person"].sigmoid(), (r["face"].sigmoid() > 0.5)[:, 0].numpy()
+        box = np.full((len(part), 4), np.nan, np.float32)
         for i, m in enumerate(f):
             label, n = ndimage.label(m)
-            if n: ys, xs = np.nonzero(label == 1 + np.argmax(np.bincount(label.ravel())[1:])); box[i] = 2*xs.min(), 2*ys.min(), 2*xs.max()+2, 2*ys.max()+2
-        vote = {True: r["face"].sigmoid() + 1e-3*p, False: p}
-        says = {g: (v.softmax(1)*vote[g in HEAD]).sum((2, 3)).argmax(1).numpy() for g, v in r["cells"].items()} | {g: v.argmax(1).numpy() for g, v in r["scene"].items()}
-        m = (p > .5)[:, 0].numpy(); out.append(dict(person=m.mean((1, 2)) > .01, face=f.sum((1, 2)) >= 6, mask=m, heat=r["joints"].sigmoid().numpy(), box=box, says=says))
-    return {k: np.concatenate([o[k] for o in out]) for k in out[0] if k != "says"} | dict(says={g: np.concatenate([o["says"][g] for o in out]) for g in out[0]["says"]})
+            if n:
+                ys, xs = np.nonzero(label == 1 + np.argmax(np.bincount(label.ravel())[1:]))
+                box[i] = 2 * xs.min(), 2 * ys.min(), 2 * xs.max() + 2, 2 * ys.max() + 2
+        vote = {True: r["face"].sigmoid() + 1e-3 * p, False: p}
+        says = {
+            g: (v.softmax(1) * vote[g in HEAD]).sum((2, 3)).argmax(1).numpy()
+            for g, v in r["cells"].items()
+        } | {g: v.argmax(1).numpy() for g, v in r["scene"].items()}
+        m = (p > 0.5)[:, 0].numpy()
+        out.append(
+            dict(
+                person=m.mean((1, 2)) > 0.01,
+                face=f.sum((1, 2)) >= 6,
+                mask=m,
+                heat=r["joints"].sigmoid().numpy(),
+                box=box,
+                says=says,
+            )
+        )
+    return {k: np.concatenate([o[k] for o in out]) for k in out[0] if k != "says"} | dict(
+        says={g: np.concatenate([o["says"][g] for o in out]) for g in out[0]["says"]}
+    )
 
-def hits(told,   # from `tell`
-         scenes, # list of `Scene`, one a picture
-        ): # {group: (B,) 1., 0. or NaN where the caption says nothing}
+
+def hits(
+    told,  # from `tell`
+    scenes,  # list of `Scene`, one a picture
+):  # {group: (B,) 1., 0. or NaN where the caption says nothing}
     "Where the picture shows what the caption says: a caption's facts, each true, false or not said."
     out = {g: np.full(len(scenes), np.nan) for g in (*GROUPS, *SCENE)}
     for i, s in enumerate(scenes):
-        for g, v in captioned(s).items(): out[g][i] = told["says"][g][i] == (GROUPS.get(g) or SCENE[g]).index(v)
+        for g, v in captioned(s).items():
+            out[g][i] = told["says"][g][i] == (GROUPS.get(g) or SCENE[g]).index(v)
     return out
 
 # %% ../nbs/10b_critics.ipynb #ec727e31
-def peaks(heat, # (17,h,w) in [0,1]
-          mask, # (h,w) bool: where to look, grown by one cell
-         ): # (17,3): x, y in pixels and height of the peak
+def peaks(
+    heat,  # (17,h,w) in [0,1]
+    mask,  # (h,w) bool: where to look, grown by one cell
+):  # (17,3): x, y in pixels and height of the peak
     "The most likely place of each joint, between the cells by a parabola through the logarithms of the peak and its neighbours."
-    y, x = np.nonzero(ndimage.binary_dilation(mask)) if mask.any() else np.nonzero(np.ones_like(mask)); v = heat[:, y, x]; k = v.argmax(1)
-    log = np.log(np.pad(heat, ((0, 0), (1, 1), (1, 1)), mode="edge") + 1e-6); j, y, x = np.arange(len(heat)), y[k], x[k]; mid = log[j, y+1, x+1]
-    def shift(a, b): d = 2*mid - a - b; return np.where(d > 1e-3, np.clip((b-a)/np.maximum(2*d, 1e-3), -.5, .5), 0)
-    return np.stack([2*(x + shift(log[j, y+1, x], log[j, y+1, x+2])) + 1, 2*(y + shift(log[j, y, x+1], log[j, y+2, x+1])) + 1, v[j, k]], 1)
+    y, x = (
+        np.nonzero(ndimage.binary_dilation(mask)) if mask.any() else np.nonzero(np.ones_like(mask))
+    )
+    v = heat[:, y, x]
+    k = v.argmax(1)
+    log = np.log(np.pad(heat, ((0, 0), (1, 1), (1, 1)), mode="edge") + 1e-6)
+    j, y, x = np.arange(len(heat)), y[k], x[k]
+    mid = log[j, y + 1, x + 1]
 
-def pck(heat,  # (n,17,32,32) from `tell`
-        world, # from `world_arrays`, same pictures
-        at=.1, # share of the box's longer side
-        guess=None, # (17,2) places of the joints in the box, shares of its sides: judged instead of `heat`
-       ): # (n,3), NaN where there is no person of at least 16 cells with a visible joint
+    def shift(a, b):
+        d = 2 * mid - a - b
+        return np.where(d > 1e-3, np.clip((b - a) / np.maximum(2 * d, 1e-3), -0.5, 0.5), 0)
+
+    return np.stack(
+        [
+            2 * (x + shift(log[j, y + 1, x], log[j, y + 1, x + 2])) + 1,
+            2 * (y + shift(log[j, y, x + 1], log[j, y + 2, x + 1])) + 1,
+            v[j, k],
+        ],
+        1,
+    )
+
+
+def pck(
+    heat,  # (n,17,32,32) from `tell`
+    world,  # from `world_arrays`, same pictures
+    at=0.1,  # share of the box's longer side
+    guess=None,  # (17,2) places of the joints in the box, shares of its sides: judged instead of `heat`
+):  # (n,3), NaN where there is no person of at least 16 cells with a visible joint
     "Share of each person's visible joints found, given the person's box."
     out = np.full((len(world["labels"]), 3), np.nan)
-    for i, (labels, kps) in enumerate(zip(world["labels"][:, 1::2, 1::2]//8, world["joints"])):
+    for i, (labels, kps) in enumerate(zip(world["labels"][:, 1::2, 1::2] // 8, world["joints"])):
         for j, kp in enumerate(kps):
-            m = labels == j+1; on = kp[:, 2] > 0
-            if m.sum() < 16 or not on.any(): continue
-            ys, xs = np.nonzero(m); corner, side = 2*np.array([xs.min(), ys.min()]), 2*np.array([np.ptp(xs)+1, np.ptp(ys)+1]); box = np.zeros_like(m); box[ys.min():ys.max()+1, xs.min():xs.max()+1] = True
-            found = peaks(heat[i], box)[:, :2] if guess is None else corner + guess*side
-            out[i, j] = (np.hypot(*(found-kp[:, :2])[on].T) < at*side.max()).mean()
+            m = labels == j + 1
+            on = kp[:, 2] > 0
+            if m.sum() < 16 or not on.any():
+                continue
+            ys, xs = np.nonzero(m)
+            corner, side = (
+                2 * np.array([xs.min(), ys.min()]),
+                2 * np.array([np.ptp(xs) + 1, np.ptp(ys) + 1]),
+            )
+            box = np.zeros_like(m)
+            box[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] = True
+            found = peaks(heat[i], box)[:, :2] if guess is None else corner + guess * side
+            out[i, j] = (np.hypot(*(found - kp[:, :2])[on].T) < at * side.max()).mean()
     return out
 
 # %% ../nbs/10b_critics.ipynb #ac22c12e
-_BONES = [(a, b, c, d, r) for a, b, c, d, r in (("{}_shoulder", "{}_elbow", "{}_elbow", "{}_wrist", .92), ("{}_hip", "{}_knee", "{}_knee", "{}_ankle", .48/.52))]
-_PAIRS = [tuple(JOINTS.index(j.format(s)) for j in b[:4]) + (b[4],) for b in _BONES for s in ("left", "right")] + \
-         [tuple(JOINTS.index(f"{s}_{j}") for s in ("left", "right") for j in js) + (1.,) for js in (("shoulder", "elbow"), ("elbow", "wrist"), ("hip", "knee"), ("knee", "ankle"))]
+_BONES = [
+    (a, b, c, d, r)
+    for a, b, c, d, r in (
+        ("{}_shoulder", "{}_elbow", "{}_elbow", "{}_wrist", 0.92),
+        ("{}_hip", "{}_knee", "{}_knee", "{}_ankle", 0.48 / 0.52),
+    )
+]
+_PAIRS = [
+    tuple(JOINTS.index(j.format(s)) for j in b[:4]) + (b[4],)
+    for b in _BONES
+    for s in ("left", "right")
+] + [
+    tuple(JOINTS.index(f"{s}_{j}") for s in ("left", "right") for j in js) + (1.0,)
+    for js in (("shoulder", "elbow"), ("elbow", "wrist"), ("hip", "knee"), ("knee", "ankle"))
+]
 
-def limbs(points,    # (17,3) from `peaks`, or COCO joints
-          least=.3,  # peak a joint needs to count
-          short=6.,  # pixels; a limb shorter than this says nothing
-          ratios=None): # forearm to upper arm, shin to thigh; None: this world's
+
+def limbs(
+    points,  # (17,3) from `peaks`, or COCO joints
+    least=0.3,  # peak a joint needs to count
+    short=6.0,  # pixels; a limb shorter than this says nothing
+    ratios=None,
+):  # forearm to upper arm, shin to thigh; None: this world's
     "(joints found, mean absolute log ratio of limb lengths to what they should be; NaN if no pair of limbs can be measured)."
     ok, e = points[:, 2] >= least, []
     for k, (a, b, c, d, ratio) in enumerate(_PAIRS):
-        if ratios and k < 4: ratio = ratios[k//2]
-        if not ok[[a, b, c, d]].all(): continue
-        u, v = (np.hypot(*(points[p, :2]-points[q, :2])) for p, q in ((a, b), (c, d)))
-        if min(u, v) >= short: e.append(abs(math.log(v/(u*ratio))))
+        if ratios and k < 4:
+            ratio = ratios[k // 2]
+        if not ok[[a, b, c, d]].all():
+            continue
+        u, v = (np.hypot(*(points[p, :2] - points[q, :2])) for p, q in ((a, b), (c, d)))
+        if min(u, v) >= short:
+            e.append(abs(math.log(v / (u * ratio))))
     return int(ok.sum()), float(np.mean(e)) if e else np.nan

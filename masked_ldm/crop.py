@@ -11,23 +11,44 @@ import numpy as np
 # %% ../nbs/01h_crop.ipynb #9c23bbf8
 CROPS = ("center", "people")
 
-def center_offset(length, # of the longer side, pixels
-                  side):  # of the square, pixels
+
+def center_offset(
+    length,  # of the longer side, pixels
+    side,
+):  # of the square, pixels
     "Where torchvision's `CenterCrop` begins."
-    return int(round((length-side)/2))
+    return int(round((length - side) / 2))
 
-def _shown(lo, hi, across, side, at): # (F,) extents of boxes along and across; side of the square; (N,) places
+
+def _shown(
+    lo, hi, across, side, at
+):  # (F,) extents of boxes along and across; side of the square; (N,) places
     "(N,) area of the boxes that a square at each place shows."
-    return ((np.minimum(hi, at[:, None]+side) - np.maximum(lo, at[:, None])).clip(0)*across).sum(1)
+    return (
+        (np.minimum(hi, at[:, None] + side) - np.maximum(lo, at[:, None])).clip(0) * across
+    ).sum(1)
 
-def people_offset(boxes, # (F,4) faces x0, y0, x1, y1, pixels
-                  mask): # (h,w) union of the people, 0 to 1
+
+def people_offset(
+    boxes,  # (F,4) faces x0, y0, x1, y1, pixels
+    mask,
+):  # (h,w) union of the people, 0 to 1
     "(top, left) of the square that keeps faces, then heads, then people."
-    mask, boxes = np.asarray(mask, float), np.nan_to_num(np.asarray(boxes, float).reshape(-1, 4)); h, w = mask.shape
-    side, length, long = min(h, w), max(h, w), int(w >= h); at = np.arange(length-side+1)   # long: 1 if wide, 0 if tall
-    b = np.clip(boxes, 0, [w, h, w, h]).reshape(-1, 2, 2); lo, hi = b[:, 0, 1-long], b[:, 1, 1-long]; across = (b[:, 1, long] - b[:, 0, long]).clip(0); third = (hi-lo)/3
-    total = np.concatenate([[0], mask.sum(1-long).cumsum()]); best = at
-    for seen, slack in ((_shown(lo, hi, across, side, at), 1e-3), (_shown(lo-third, hi+third, across, side, at), 1e-3), (total[at+side] - total[at], 1e-3*total[-1])):
+    mask, boxes = np.asarray(mask, float), np.nan_to_num(np.asarray(boxes, float).reshape(-1, 4))
+    h, w = mask.shape
+    side, length, long = min(h, w), max(h, w), int(w >= h)
+    at = np.arange(length - side + 1)  # long: 1 if wide, 0 if tall
+    b = np.clip(boxes, 0, [w, h, w, h]).reshape(-1, 2, 2)
+    lo, hi = b[:, 0, 1 - long], b[:, 1, 1 - long]
+    across = (b[:, 1, long] - b[:, 0, long]).clip(0)
+    third = (hi - lo) / 3
+    total = np.concatenate([[0], mask.sum(1 - long).cumsum()])
+    best = at
+    for seen, slack in (
+        (_shown(lo, hi, across, side, at), 1e-3),
+        (_shown(lo - third, hi + third, across, side, at), 1e-3),
+        (total[at + side] - total[at], 1e-3 * total[-1]),
+    ):
         best = best[seen[best] >= seen[best].max() - slack]
     best = int(best[np.abs(best - center_offset(length, side)).argmin()])
     return (0, best) if long else (best, 0)

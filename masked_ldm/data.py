@@ -7,14 +7,20 @@ __all__ = ['FACES', 'MANIFEST_VERSION', 'look_at', 'quarantine', 'build_manifest
            'Batch', 'collate', 'batch_keys']
 
 # %% ../nbs/01_data.ipynb #08e74649
-import difflib, hashlib, json, os
+import difflib
+import hashlib
+import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from pycocotools import mask as rle
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
 from .coco import no_gc, read_json
 from .crop import CROPS, people_offset
 from .face_pass import face_pass, merge_faces, parse_shard
@@ -25,227 +31,444 @@ from .subset import Rule, select_pictures
 # %% ../nbs/01_data.ipynb #be72d6fc
 FACES = ("auto", "annotation", "keypoints", "mtcnn", "none")
 
-def look_at(rows,   # from `select_pictures`
-            folder, # of the pictures
-            work,   # folder of the face pass
-            faces,  # one of `FACES`, not "auto"
-            rule=FaceRule(), # which faces are kept, by "mtcnn" and "keypoints"
-            device=None,     # where MTCNN runs
-            verify="header", # or "full": decode every picture
-           ):       # for each row dict(faces=[...]) or dict(wrong=what is wrong with its picture)
+
+def look_at(
+    rows,  # from `select_pictures`
+    folder,  # of the pictures
+    work,  # folder of the face pass
+    faces,  # one of `FACES`, not "auto"
+    rule=FaceRule(),  # which faces are kept, by "mtcnn" and "keypoints"
+    device=None,  # where MTCNN runs
+    verify="header",  # or "full": decode every picture
+):  # for each row dict(faces=[...]) or dict(wrong=what is wrong with its picture)
     "The faces of every picture, if it can be used."
     seen = faces == "mtcnn"
-    if seen: face_pass(rows, folder, work, rule, device); seen = merge_faces(rows, folder, work, rule)
-    if seen and verify != "full": return seen
-    wrong = check_pictures([Path(folder)/r["file_name"] for r in rows], [(r["width"], r["height"]) for r in rows], verify == "full")
+    if seen:
+        face_pass(rows, folder, work, rule, device)
+        seen = merge_faces(rows, folder, work, rule)
+    if seen and verify != "full":
+        return seen
+    wrong = check_pictures(
+        [Path(folder) / r["file_name"] for r in rows],
+        [(r["width"], r["height"]) for r in rows],
+        verify == "full",
+    )
+
     def found(r):
-        if faces == "keypoints": return face_rows(keypoint_faces(r, rule.min_face), "keypoints")
-        return face_rows([[x, y, x+w, y+h] for x, y, w, h in r.get("face_boxes", [])], "annotation") if faces == "annotation" else []
-    return [dict(wrong=t) if t else seen[k] if seen else dict(faces=found(r)) for k, (r, t) in enumerate(zip(rows, wrong))]
+        if faces == "keypoints":
+            return face_rows(keypoint_faces(r, rule.min_face), "keypoints")
+        return (
+            face_rows(
+                [[x, y, x + w, y + h] for x, y, w, h in r.get("face_boxes", [])], "annotation"
+            )
+            if faces == "annotation"
+            else []
+        )
+
+    return [
+        dict(wrong=t) if t else seen[k] if seen else dict(faces=found(r))
+        for k, (r, t) in enumerate(zip(rows, wrong))
+    ]
 
 # %% ../nbs/01_data.ipynb #c7209322
-def quarantine(rows,    # manifest rows
-               results, # from `look_at`
-               folder,  # of the pictures
-               max_bad=.01, # the share of them that may be bad
-              ):        # [{file, image_id, reason}]
+def quarantine(
+    rows,  # manifest rows
+    results,  # from `look_at`
+    folder,  # of the pictures
+    max_bad=0.01,  # the share of them that may be bad
+):  # [{file, image_id, reason}]
     "The pictures that cannot be used. Raises ValueError if they are too many."
-    bad = [dict(file=r["file_name"], image_id=r["image_id"], reason=v["wrong"]) for r, v in zip(rows, results) if "wrong" in v]
-    if len(bad) > max_bad*len(rows):
-        first = "; ".join(f"{b['file']} (image {b['image_id']}) {b['reason']}" for b in bad[:3]) + ("; ..." if len(bad) > 3 else "")
-        raise ValueError(f"{folder}: {len(bad)} of {len(rows)} pictures cannot be used, more than the share max_bad={max_bad:g} allows (raise it to build without them): {first}")
+    bad = [
+        dict(file=r["file_name"], image_id=r["image_id"], reason=v["wrong"])
+        for r, v in zip(rows, results)
+        if "wrong" in v
+    ]
+    if len(bad) > max_bad * len(rows):
+        first = "; ".join(f"{b['file']} (image {b['image_id']}) {b['reason']}" for b in bad[:3]) + (
+            "; ..." if len(bad) > 3 else ""
+        )
+        raise ValueError(
+            f"{folder}: {len(bad)} of {len(rows)} pictures cannot be used, more than the share max_bad={max_bad:g} allows (raise it to build without them): {first}"
+        )
     return bad
 
 # %% ../nbs/01_data.ipynb #bd8354da
-def _rules(min_area, given): # fields of `Rule` and `FaceRule` by name
+def _rules(min_area, given):  # fields of `Rule` and `FaceRule` by name
     "(`Rule`, `FaceRule`). Raises TypeError for a name that is neither's."
-    kinds = [{f.name for f in fields(c)} for c in (Rule, FaceRule)]; known = sorted(kinds[0] | kinds[1])
+    kinds = [{f.name for f in fields(c)} for c in (Rule, FaceRule)]
+    known = sorted(kinds[0] | kinds[1])
     for k in given:
-        near = difflib.get_close_matches(k, known, 1); told = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}"
-        if k not in known: raise TypeError(f"unknown setting {k!r}; {told}")
-    return Rule(min_area, **{k: v for k, v in given.items() if k in kinds[0]}), FaceRule(**{k: v for k, v in given.items() if k in kinds[1]})
+        near = difflib.get_close_matches(k, known, 1)
+        told = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}"
+        if k not in known:
+            raise TypeError(f"unknown setting {k!r}; {told}")
+    return Rule(min_area, **{k: v for k, v in given.items() if k in kinds[0]}), FaceRule(
+        **{k: v for k, v in given.items() if k in kinds[1]}
+    )
 
 # %% ../nbs/01_data.ipynb #42aca3f7
 def _write_manifest(rows, out, info):
     "metadata.jsonl and manifest.json, each whole."
-    whole, content = hashlib.sha256(), hashlib.sha256(b"["); out.mkdir(parents=True, exist_ok=True); tmp = lambda name: out/f".{name}.{os.getpid()}.tmp"
+    whole, content = hashlib.sha256(), hashlib.sha256(b"[")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def tmp(name):
+        return out / f".{name}.{os.getpid()}.tmp"
+
     try:
         with open(tmp("metadata.jsonl"), "wb") as f:
-            for k, r in enumerate(rows):   # a row at a time: the text of a full-size split need not lie in memory
-                rest, name = json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:], r["file_name"]; line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode(); f.write(line); whole.update(line)
-                content.update(f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode())
-        content.update(b"]"); info = dict(info, people=sum(not p["iscrowd"] for r in rows for p in r["people"]), face_boxes=sum(len(r["faces"]) for r in rows), pictures_with_face=sum(bool(r["faces"]) for r in rows), content=content.hexdigest(), sha256=whole.hexdigest())
+            for k, r in enumerate(
+                rows
+            ):  # a row at a time: the text of a full-size split need not lie in memory
+                rest, name = (
+                    json.dumps({k: v for k, v in r.items() if k != "file_name"})[1:],
+                    r["file_name"],
+                )
+                line = f'{{"file_name": {json.dumps(name)}, {rest}\n'.encode()
+                f.write(line)
+                whole.update(line)
+                content.update(
+                    f'{", " if k else ""}{{"file_name": {json.dumps(Path(name).name)}, {rest}'.encode()
+                )
+        content.update(b"]")
+        info = dict(
+            info,
+            people=sum(not p["iscrowd"] for r in rows for p in r["people"]),
+            face_boxes=sum(len(r["faces"]) for r in rows),
+            pictures_with_face=sum(bool(r["faces"]) for r in rows),
+            content=content.hexdigest(),
+            sha256=whole.hexdigest(),
+        )
         tmp("manifest.json").write_text(json.dumps(info, indent=1))
-        for name in ("metadata.jsonl", "manifest.json"): os.replace(tmp(name), out/name)
+        for name in ("metadata.jsonl", "manifest.json"):
+            os.replace(tmp(name), out / name)
     finally:
-        for name in ("metadata.jsonl", "manifest.json"): tmp(name).unlink(missing_ok=True)
+        for name in ("metadata.jsonl", "manifest.json"):
+            tmp(name).unlink(missing_ok=True)
 
 # %% ../nbs/01_data.ipynb #35f2dd22
 MANIFEST_VERSION = 3
 
+
 @no_gc()
-def build_manifest(root,          # COCO 2017 root
-                   split="train", # "train" or "val"
-                   out=None,      # folder to write to; None: beside the pictures, where `imagefolder` looks
-                   min_area=.05,  # share of the picture that people must cover
-                   faces="auto",  # "annotation", "keypoints", "mtcnn", "none"; "auto": annotation if there are any, else mtcnn
-                   device=None,   # where MTCNN runs; None: a GPU if there is one
-                   verify="header", # how pictures are checked; "full" decodes each
-                   max_bad=.01,   # the share of pictures that may be unusable
-                   shard=None,    # (i, n) or "i/n": only this share of the face pass; returns the folder of its chunks
-                   **rules):      # further fields of `Rule` and of `FaceRule`
+def build_manifest(
+    root,  # COCO 2017 root
+    split="train",  # "train" or "val"
+    out=None,  # folder to write to; None: beside the pictures, where `imagefolder` looks
+    min_area=0.05,  # share of the picture that people must cover
+    faces="auto",  # "annotation", "keypoints", "mtcnn", "none"; "auto": annotation if there are any, else mtcnn
+    device=None,  # where MTCNN runs; None: a GPU if there is one
+    verify="header",  # how pictures are checked; "full" decodes each
+    max_bad=0.01,  # the share of pictures that may be unusable
+    shard=None,  # (i, n) or "i/n": only this share of the face pass; returns the folder of its chunks
+    **rules,
+):  # further fields of `Rule` and of `FaceRule`
     "Filter a COCO split to pictures of people; returns the path of metadata.jsonl. Raises ValueError or FileNotFoundError that names the file."
-    (rule, look), folder = _rules(min_area, rules), Path(root)/f"{split}2017"; out = Path(out or folder); work = out/".faces"
+    (rule, look), folder = _rules(min_area, rules), Path(root) / f"{split}2017"
+    out = Path(out or folder)
+    work = out / ".faces"
     for name, v, ok in (("faces", faces, FACES), ("verify", verify, ("header", "full"))):
-        if v not in ok: raise ValueError(f"{name} must be one of {', '.join(ok)}, not {v!r}")
-    if device is not None: check_device(device)
-    if not 0 <= max_bad <= 1: raise ValueError(f"max_bad must be a share of the pictures, 0 to 1, not {max_bad}")
+        if v not in ok:
+            raise ValueError(f"{name} must be one of {', '.join(ok)}, not {v!r}")
+    if device is not None:
+        check_device(device)
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad must be a share of the pictures, 0 to 1, not {max_bad}")
     shard = None if shard is None else parse_shard(shard)
-    found, report = select_pictures(root, split, rule); rows, dropped = [], Counter(report["dropped"])
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: it is the folder of the split's pictures")
-    if faces == "auto": faces = "annotation" if any("face_boxes" in r for r in found) else "mtcnn"
+    found, report = select_pictures(root, split, rule)
+    rows, dropped = [], Counter(report["dropped"])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: it is the folder of the split's pictures")
+    if faces == "auto":
+        faces = "annotation" if any("face_boxes" in r for r in found) else "mtcnn"
     if shard is not None:
-        if faces != "mtcnn": raise ValueError(f"shard is for the face pass of faces='mtcnn', not of {faces!r}")
-        face_pass(found, folder, work, look, device, shard); return work
-    results = look_at(found, folder, work, faces, look, device, verify); bad = quarantine(found, results, folder, max_bad)
+        if faces != "mtcnn":
+            raise ValueError(f"shard is for the face pass of faces='mtcnn', not of {faces!r}")
+        face_pass(found, folder, work, look, device, shard)
+        return work
+    results = look_at(found, folder, work, faces, look, device, verify)
+    bad = quarantine(found, results, folder, max_bad)
     for r, got in zip(found, results):
-        if "wrong" in got: dropped["picture quarantined"] += 1; continue
-        if len(got["faces"]) < rule.min_faces: dropped["fewer faces than min_faces"] += 1; continue
-        name = os.path.relpath((folder/r["file_name"]).resolve(), out.resolve())
+        if "wrong" in got:
+            dropped["picture quarantined"] += 1
+            continue
+        if len(got["faces"]) < rule.min_faces:
+            dropped["fewer faces than min_faces"] += 1
+            continue
+        name = os.path.relpath((folder / r["file_name"]).resolve(), out.resolve())
         kept = {k: r[k] for k in r if k not in ("file_name", "face_boxes", "license_name", "url")}
-        rows.append(dict(file_name=name, **kept, faces=got["faces"], license_name=r["license_name"]))
+        rows.append(
+            dict(file_name=name, **kept, faces=got["faces"], license_name=r["license_name"])
+        )
         rows[-1]["captions"] = r["captions"] or [""]
-    if not rows: raise ValueError(f"no picture of {folder} is left after filtering: {dict(dropped)}")
-    _write_manifest(rows, out, dict(version=MANIFEST_VERSION, split=split, rule=asdict(rule), faces=faces, face_rule=asdict(look), verify=verify,
-                                    pictures=report["pictures"], kept=len(rows), dropped=dict(sorted(dropped.items())), quarantined=bad, bad_annotations=report["bad_annotations"]))
-    return out/"metadata.jsonl"
+    if not rows:
+        raise ValueError(f"no picture of {folder} is left after filtering: {dict(dropped)}")
+    _write_manifest(
+        rows,
+        out,
+        dict(
+            version=MANIFEST_VERSION,
+            split=split,
+            rule=asdict(rule),
+            faces=faces,
+            face_rule=asdict(look),
+            verify=verify,
+            pictures=report["pictures"],
+            kept=len(rows),
+            dropped=dict(sorted(dropped.items())),
+            quarantined=bad,
+            bad_annotations=report["bad_annotations"],
+        ),
+    )
+    return out / "metadata.jsonl"
 
 # %% ../nbs/01_data.ipynb #ba829a95
-_NEEDED = ("version", "sha256", "split", "rule", "faces", "pictures", "kept", "dropped", "people", "face_boxes", "pictures_with_face", "bad_annotations", "content")   # of manifest.json
+_NEEDED = (
+    "version",
+    "sha256",
+    "split",
+    "rule",
+    "faces",
+    "pictures",
+    "kept",
+    "dropped",
+    "people",
+    "face_boxes",
+    "pictures_with_face",
+    "bad_annotations",
+    "content",
+)  # of manifest.json
 
-def load_manifest(path): # of metadata.jsonl
+
+def load_manifest(path):  # of metadata.jsonl
     "(rows, manifest.json). Raises FileNotFoundError or ValueError if it is missing, broken or not what its hash says."
-    path = Path(path); side = path.with_name("manifest.json")
+    path = Path(path)
+    side = path.with_name("manifest.json")
     for p in (path, side):
-        if not p.is_file(): raise FileNotFoundError(f"{p} is missing: build it with build_manifest")
-    info, body = read_json(side, "build the manifest again"), path.read_bytes(); lost = [k for k in _NEEDED if k not in info] if isinstance(info, dict) else _NEEDED
-    if lost: raise ValueError(f"{side} does not describe a manifest (it has no {', '.join(lost[:3])}): build it again")
-    if info["version"] != MANIFEST_VERSION or hashlib.sha256(body).hexdigest() != info["sha256"]: raise ValueError(f"{path} is not what {side.name} describes (edited, truncated or of another version): build it again")
+        if not p.is_file():
+            raise FileNotFoundError(f"{p} is missing: build it with build_manifest")
+    info, body = read_json(side, "build the manifest again"), path.read_bytes()
+    lost = [k for k in _NEEDED if k not in info] if isinstance(info, dict) else _NEEDED
+    if lost:
+        raise ValueError(
+            f"{side} does not describe a manifest (it has no {', '.join(lost[:3])}): build it again"
+        )
+    if info["version"] != MANIFEST_VERSION or hashlib.sha256(body).hexdigest() != info["sha256"]:
+        raise ValueError(
+            f"{path} is not what {side.name} describes (edited, truncated or of another version): build it again"
+        )
     return [json.loads(l) for l in body.decode().splitlines()], info
 
 # %% ../nbs/01_data.ipynb #51122723
-_SWAP = [0] + [i+1 if i % 2 else i-1 for i in range(1, 17)]  # COCO's joints after a flip: left for right
+_SWAP = [0] + [
+    i + 1 if i % 2 else i - 1 for i in range(1, 17)
+]  # COCO's joints after a flip: left for right
 
-def transform(image,    # PIL RGB
-              masks,    # (K,h,w) uint8, one a person
-              boxes,    # (F,4) face boxes x0,y0,x1,y1
-              joints,   # (K,17,3) x, y, visibility
-              size,     # side of the result, pixels
-              flip,     # mirror it?
-              min_visible=.5,  # share of a face box that must stay inside
-              crop="center"):  # or "people", see `people_offset`
+
+def transform(
+    image,  # PIL RGB
+    masks,  # (K,h,w) uint8, one a person
+    boxes,  # (F,4) face boxes x0,y0,x1,y1
+    joints,  # (K,17,3) x, y, visibility
+    size,  # side of the result, pixels
+    flip,  # mirror it?
+    min_visible=0.5,  # share of a face box that must stay inside
+    crop="center",
+):  # or "people", see `people_offset`
     "(pixels (3,S,S) in [-1,1], masks (K,S,S) in [0,1], boxes (F',4), joints (K,17,3))."
     h, w = image.height, image.width
-    things = dict(image=tv_tensors.Image(v2.functional.pil_to_tensor(image)), masks=tv_tensors.Image(torch.as_tensor(masks).float()),
-                  boxes=tv_tensors.BoundingBoxes(torch.as_tensor(boxes).reshape(-1, 4).float(), format="XYXY", canvas_size=(h, w), clamping_mode=None),
-                  joints=tv_tensors.KeyPoints(torch.as_tensor(joints)[..., :2].float(), canvas_size=(h, w)))
+    things = dict(
+        image=tv_tensors.Image(v2.functional.pil_to_tensor(image)),
+        masks=tv_tensors.Image(torch.as_tensor(masks).float()),
+        boxes=tv_tensors.BoundingBoxes(
+            torch.as_tensor(boxes).reshape(-1, 4).float(),
+            format="XYXY",
+            canvas_size=(h, w),
+            clamping_mode=None,
+        ),
+        joints=tv_tensors.KeyPoints(torch.as_tensor(joints)[..., :2].float(), canvas_size=(h, w)),
+    )
     t = v2.Resize(size, antialias=True)(things)
-    if crop == "center": t = v2.CenterCrop(size)(t)
-    else: top, left = people_offset(t["boxes"], t["masks"].sum(0).clamp(max=1)); t = {k: v2.functional.crop(v, top, left, size, size) for k, v in t.items()}
-    if flip: t = v2.RandomHorizontalFlip(1.)(t)
-    whole = t["boxes"].as_subclass(torch.Tensor); b = whole.clamp(0, size)
-    area = lambda v: (v[:, 2:] - v[:, :2]).clamp(min=0).prod(1)
-    j, v = t["joints"].as_subclass(torch.Tensor), torch.as_tensor(joints)[..., 2].float(); inside = ((j >= 0) & (j < size)).all(-1)
-    j = torch.cat([j, (v*inside)[..., None]], -1)*((v > 0) & inside)[..., None]
-    pixels = t["image"].as_subclass(torch.Tensor).float()/127.5 - 1
-    return pixels, t["masks"].as_subclass(torch.Tensor).clamp(0, 1), b[area(b) >= min_visible*area(whole).clamp(min=1e-6)], j[:, _SWAP] if flip else j
+    if crop == "center":
+        t = v2.CenterCrop(size)(t)
+    else:
+        top, left = people_offset(t["boxes"], t["masks"].sum(0).clamp(max=1))
+        t = {k: v2.functional.crop(v, top, left, size, size) for k, v in t.items()}
+    if flip:
+        t = v2.RandomHorizontalFlip(1.0)(t)
+    whole = t["boxes"].as_subclass(torch.Tensor)
+    b = whole.clamp(0, size)
+
+    def area(v):
+        return (v[:, 2:] - v[:, :2]).clamp(min=0).prod(1)
+
+    j, v = t["joints"].as_subclass(torch.Tensor), torch.as_tensor(joints)[..., 2].float()
+    inside = ((j >= 0) & (j < size)).all(-1)
+    j = torch.cat([j, (v * inside)[..., None]], -1) * ((v > 0) & inside)[..., None]
+    pixels = t["image"].as_subclass(torch.Tensor).float() / 127.5 - 1
+    return (
+        pixels,
+        t["masks"].as_subclass(torch.Tensor).clamp(0, 1),
+        b[area(b) >= min_visible * area(whole).clamp(min=1e-6)],
+        j[:, _SWAP] if flip else j,
+    )
 
 # %% ../nbs/01_data.ipynb #9038947b
 class PersonDataset(torch.utils.data.Dataset):
     "Pictures of a manifest with everything the loss needs."
-    def __init__(self, manifest,  # path of metadata.jsonl
-                 size,            # side of the pictures, pixels
-                 seed=0,          # of the augmentation
-                 flip=.5,         # chance of a mirrored picture
-                 min_visible=.5,  # share of a face box that must survive the crop
-                 cache=None,      # `LatentCache` of these pictures: samples then bring their `moments` and `text`
-                 crop="center"):  # square of the picture: "center", or "people" keeps faces
-        if crop not in CROPS: raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
-        self.rows, self.info = load_manifest(manifest)
-        self.folder, self.size, self.seed, self.flip, self.min_visible, self.crop = Path(manifest).parent, size, seed, flip, min_visible, crop; self.cache = cache
 
-    def __len__(self): return len(self.rows)
+    def __init__(
+        self,
+        manifest,  # path of metadata.jsonl
+        size,  # side of the pictures, pixels
+        seed=0,  # of the augmentation
+        flip=0.5,  # chance of a mirrored picture
+        min_visible=0.5,  # share of a face box that must survive the crop
+        cache=None,  # `LatentCache` of these pictures: samples then bring their `moments` and `text`
+        crop="center",
+    ):  # square of the picture: "center", or "people" keeps faces
+        if crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
+        self.rows, self.info = load_manifest(manifest)
+        self.folder, self.size, self.seed, self.flip, self.min_visible, self.crop = (
+            Path(manifest).parent,
+            size,
+            seed,
+            flip,
+            min_visible,
+            crop,
+        )
+        self.cache = cache
+
+    def __len__(self):
+        return len(self.rows)
 
     @property
-    def cache(self): return self._cache # `LatentCache` or None
+    def cache(self):
+        return self._cache  # `LatentCache` or None
 
     @cache.setter
     def cache(self, cache):
         "Raises ValueError for a cache of another size, crop or list of pictures."
-        if wrong := None if cache is None else cache.unfit(self): raise ValueError(wrong)
+        if wrong := None if cache is None else cache.unfit(self):
+            raise ValueError(wrong)
         self._cache = cache
 
-    def __getitem__(self, key): # i, or (epoch, i) for an augmented sample
+    def __getitem__(self, key):  # i, or (epoch, i) for an augmented sample
         "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."
-        epoch, i = key if isinstance(key, tuple) else (None, key); r = self.rows[i]; path = self.folder/r["file_name"]
-        flip, k = self.chance(epoch, r); s = self.sample(r, read_picture(path, (r["width"], r["height"])), flip, k)
+        epoch, i = key if isinstance(key, tuple) else (None, key)
+        r = self.rows[i]
+        path = self.folder / r["file_name"]
+        flip, k = self.chance(epoch, r)
+        s = self.sample(r, read_picture(path, (r["width"], r["height"])), flip, k)
         return s if self.cache is None else dict(s, **self.cache.read(i, flip, k))
 
-    def chance(self, epoch, r): # None, or the number of the epoch; manifest row
+    def chance(self, epoch, r):  # None, or the number of the epoch; manifest row
         "(mirror the picture?, number of the caption), a function of seed, epoch and picture."
-        rng = np.random.default_rng([self.seed, 0 if epoch is None else epoch+1, r["image_id"]])
-        return (False, 0) if epoch is None else (bool(rng.random() < self.flip), int(rng.integers(len(r["captions"]))))
+        rng = np.random.default_rng([self.seed, 0 if epoch is None else epoch + 1, r["image_id"]])
+        return (
+            (False, 0)
+            if epoch is None
+            else (bool(rng.random() < self.flip), int(rng.integers(len(r["captions"]))))
+        )
 
-    def sample(self, r, image, flip=False, k=0): # manifest row; its picture, PIL RGB; mirror it?; number of the caption
+    def sample(
+        self, r, image, flip=False, k=0
+    ):  # manifest row; its picture, PIL RGB; mirror it?; number of the caption
         "The sample of one picture, wherever that came from."
         own = [p for p in r["people"] if not p["iscrowd"]]
         masks = np.stack([rle.decode(p["segmentation"]) for p in own])
-        faces, marks = [f["box"] for f in r["faces"]], torch.tensor([p["keypoints"] for p in own]).view(-1, 17, 3)
-        pixels, people, boxes, joints = transform(image, masks, faces, marks, self.size, flip, self.min_visible, self.crop)
-        return dict(pixels=pixels, mask=people.amax(0, keepdim=True), people=people, boxes=boxes, joints=joints, caption=r["captions"][k], image_id=r["image_id"])
+        faces, marks = (
+            [f["box"] for f in r["faces"]],
+            torch.tensor([p["keypoints"] for p in own]).view(-1, 17, 3),
+        )
+        pixels, people, boxes, joints = transform(
+            image, masks, faces, marks, self.size, flip, self.min_visible, self.crop
+        )
+        return dict(
+            pixels=pixels,
+            mask=people.amax(0, keepdim=True),
+            people=people,
+            boxes=boxes,
+            joints=joints,
+            caption=r["captions"][k],
+            image_id=r["image_id"],
+        )
 
 # %% ../nbs/01_data.ipynb #d498a18a
 @dataclass
 class Batch:
     "A batch of pictures of people."
-    pixels: torch.Tensor        # (B,3,H,W) RGB in [-1,1]
-    mask: torch.Tensor          # (B,1,H,W) union of the people, in [0,1]
-    people: torch.Tensor        # (K,1,H,W) each person
+
+    pixels: torch.Tensor  # (B,3,H,W) RGB in [-1,1]
+    mask: torch.Tensor  # (B,1,H,W) union of the people, in [0,1]
+    people: torch.Tensor  # (K,1,H,W) each person
     person_image: torch.Tensor  # (K,) image number of each person
-    boxes: torch.Tensor         # (M,5) faces: rows of (image number, x0, y0, x1, y1)
-    joints: torch.Tensor        # (K,17,3)
+    boxes: torch.Tensor  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
+    joints: torch.Tensor  # (K,17,3)
     captions: list
     image_ids: list
-    moments: torch.Tensor = None # (B,8,h,w) mean and log-variance of the latents, if there is a cache
-    text: torch.Tensor = None    # (B,77,D) embeddings of the captions, if there is a cache
+    moments: torch.Tensor = (
+        None  # (B,8,h,w) mean and log-variance of the latents, if there is a cache
+    )
+    text: torch.Tensor = None  # (B,77,D) embeddings of the captions, if there is a cache
 
     def to(self, device):
         "The same batch on another device."
-        return Batch(**{f.name: v.to(device, non_blocking=True) if torch.is_tensor(v := getattr(self, f.name)) else v for f in fields(self)})
+        return Batch(
+            **{
+                f.name: v.to(device, non_blocking=True)
+                if torch.is_tensor(v := getattr(self, f.name))
+                else v
+                for f in fields(self)
+            }
+        )
 
-    def __len__(self): return len(self.pixels)
+    def __len__(self):
+        return len(self.pixels)
 
-def collate(samples): # list of `PersonDataset` samples
+
+def collate(samples):  # list of `PersonDataset` samples
     "`Batch` of samples with any number of people and faces, none included."
     n = torch.tensor([len(s["people"]) for s in samples])
-    rows = [torch.cat([torch.full((len(s["boxes"]), 1), float(i)), s["boxes"]], 1) for i, s in enumerate(samples)]
-    return Batch(torch.stack([s["pixels"] for s in samples]), torch.stack([s["mask"] for s in samples]), torch.cat([s["people"] for s in samples])[:, None],
-                 torch.arange(len(samples)).repeat_interleave(n), torch.cat(rows), torch.cat([s["joints"] for s in samples]), [s["caption"] for s in samples], [s["image_id"] for s in samples],
-                 *(torch.stack([s[k] for s in samples]) if k in samples[0] else None for k in ("moments", "text")))
+    rows = [
+        torch.cat([torch.full((len(s["boxes"]), 1), float(i)), s["boxes"]], 1)
+        for i, s in enumerate(samples)
+    ]
+    return Batch(
+        torch.stack([s["pixels"] for s in samples]),
+        torch.stack([s["mask"] for s in samples]),
+        torch.cat([s["people"] for s in samples])[:, None],
+        torch.arange(len(samples)).repeat_interleave(n),
+        torch.cat(rows),
+        torch.cat([s["joints"] for s in samples]),
+        [s["caption"] for s in samples],
+        [s["image_id"] for s in samples],
+        *(
+            torch.stack([s[k] for s in samples]) if k in samples[0] else None
+            for k in ("moments", "text")
+        ),
+    )
 
 # %% ../nbs/01_data.ipynb #026c3893
-def batch_keys(n,          # pictures in the data set
-               batch_size, # pictures a step
-               seed,       # of the order
-               start=0,    # first step
-               stop=1,     # after the last step
-              ): # yields lists of (epoch, i), for `DataLoader(batch_sampler=...)`
+def batch_keys(
+    n,  # pictures in the data set
+    batch_size,  # pictures a step
+    seed,  # of the order
+    start=0,  # first step
+    stop=1,  # after the last step
+):  # yields lists of (epoch, i), for `DataLoader(batch_sampler=...)`
     "The pictures of every step. The rest of an epoch that does not fill a batch is left out. Raises ValueError if not even one batch fits."
-    per = n//batch_size
-    if not per: raise ValueError(f"the data set has {n} pictures, fewer than one batch of {batch_size}")
+    per = n // batch_size
+    if not per:
+        raise ValueError(f"the data set has {n} pictures, fewer than one batch of {batch_size}")
     order = {}
+
     def at(step):
         e, k = divmod(step, per)
-        if e not in order: order.clear(); order[e] = np.random.default_rng([seed, e]).permutation(n).tolist()
-        return [(e, i) for i in order[e][k*batch_size:(k+1)*batch_size]]
+        if e not in order:
+            order.clear()
+            order[e] = np.random.default_rng([seed, e]).permutation(n).tolist()
+        return [(e, i) for i in order[e][k * batch_size : (k + 1) * batch_size]]
+
     return (at(s) for s in range(start, stop))

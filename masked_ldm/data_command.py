@@ -7,176 +7,376 @@ __all__ = ['run_download', 'run_build', 'run_inspect', 'run_check', 'run_calibra
            'make_parser', 'check_line', 'main']
 
 # %% ../nbs/01k_data_command.ipynb #19466083
-import argparse, sys
+import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
+
+from .cache import build_cache, cache_folder, check_cache
 from .config import TrainConfig, told
 from .data import PersonDataset, build_manifest, load_manifest
-from .cache import build_cache, cache_folder, check_cache
-from .download import ANNOTATIONS_URL, download_annotations, download_lock, download_pictures, fetch, tell_download
+from masked_ldm.download import (
+    ANNOTATIONS_URL,
+    download_annotations,
+    download_lock,
+    download_pictures,
+    fetch,
+    tell_download,
+)
 from .face_pass import parse_shard
 from .faces import FaceRule, check_device
 from .flags import add_flags
-from .inspection import check_manifest, contact_sheet, describe_manifest, find_manifests, plot_manifest, shared_pictures
+from masked_ldm.inspection import (
+    check_manifest,
+    contact_sheet,
+    describe_manifest,
+    find_manifests,
+    plot_manifest,
+    shared_pictures,
+)
 from .models import load_base
 from .stream import index_shards, write_shards
 from .subset import Rule, calibrate_min_area, tell_calibration
 
 # %% ../nbs/01k_data_command.ipynb #3378c1c6
-def _rule(a): # parsed command line
+def _rule(a):  # parsed command line
     "The `Rule` it asks for."
     return Rule(**{f.name: getattr(a, f.name) for f in fields(Rule)})
 
-def run_download(a): # parsed command line
+
+def run_download(a):  # parsed command line
     "Annotations, then the pictures that the rule keeps, each decoded and of its size; run again, it fetches what is missing."
     how = {k: getattr(a, k) for k in ("retries", "wait", "timeout")}
     with download_lock(a.root):
-        if came := download_annotations(a.root, a.split, a.url, **how): print(f"annotations: {', '.join(came)}")
-        reports = [download_pictures(a.root, s, _rule(a), a.workers, a.mirror, a.give_up, a.limit, **how) for s in a.split]
-    print("\n".join(map(tell_download, reports))); return int(any(r["failed"] for r in reports))
+        if came := download_annotations(a.root, a.split, a.url, **how):
+            print(f"annotations: {', '.join(came)}")
+        reports = [
+            download_pictures(a.root, s, _rule(a), a.workers, a.mirror, a.give_up, a.limit, **how)
+            for s in a.split
+        ]
+    print("\n".join(map(tell_download, reports)))
+    return int(any(r["failed"] for r in reports))
 
 # %% ../nbs/01k_data_command.ipynb #ba1d6e47
-def run_build(a): # parsed command line
+def run_build(a):  # parsed command line
     "Filter pictures to those of people, find faces, write manifests: OUT/train/metadata.jsonl, OUT/val/metadata.jsonl."
-    out, given = Path(a.out or Path(a.root)/"people"), {k: v for k, v in vars(a).items() if k in a.told}
+    out, given = (
+        Path(a.out or Path(a.root) / "people"),
+        {k: v for k, v in vars(a).items() if k in a.told},
+    )
     for s in a.split:
-        path = build_manifest(a.root, s, out/s, **given); _, info = load_manifest(path)
-        print(f"{path}: {info['kept']:,} of {info['pictures']:,} pictures, {info['people']:,} people, {info['face_boxes']:,} faces")
-        for why, n in sorted(info["dropped"].items(), key=lambda kv: -kv[1]): print(f"  {n:7,d}  {why}")
-        for b in info["bad_annotations"][:10]: print(f"  {b['file']}, annotation {b['annotation']}: {b['wrong']}")
-        for b in info.get("quarantined", [])[:10]: print(f"  quarantined: {b['file']} (image {b['image_id']}) {b['reason']}")
-    print(f"train on it with: masked-ldm-train --data_root {out}"); return 0
+        path = build_manifest(a.root, s, out / s, **given)
+        _, info = load_manifest(path)
+        print(
+            f"{path}: {info['kept']:,} of {info['pictures']:,} pictures, {info['people']:,} people, {info['face_boxes']:,} faces"
+        )
+        for why, n in sorted(info["dropped"].items(), key=lambda kv: -kv[1]):
+            print(f"  {n:7,d}  {why}")
+        for b in info["bad_annotations"][:10]:
+            print(f"  {b['file']}, annotation {b['annotation']}: {b['wrong']}")
+        for b in info.get("quarantined", [])[:10]:
+            print(f"  quarantined: {b['file']} (image {b['image_id']}) {b['reason']}")
+    print(f"train on it with: masked-ldm-train --data_root {out}")
+    return 0
 
 # %% ../nbs/01k_data_command.ipynb #8d93bdbc
 def _save(figure, path):
     import matplotlib.pyplot as plt
-    figure.savefig(path, dpi=120); plt.close(figure)
 
-def run_inspect(a): # parsed command line
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run_inspect(a):  # parsed command line
     "Counts, licences and histograms as text; histograms and a contact sheet with masks, faces and captions as pictures."
-    found = find_manifests(a.manifest); out = Path(a.out) if a.out else Path(a.manifest) if Path(a.manifest).is_dir() else Path(a.manifest).parent
+    found = find_manifests(a.manifest)
+    out = (
+        Path(a.out)
+        if a.out
+        else Path(a.manifest)
+        if Path(a.manifest).is_dir()
+        else Path(a.manifest).parent
+    )
     out.mkdir(parents=True, exist_ok=True)
     for s, path in found.items():
-        rows, info = load_manifest(path); print(describe_manifest(rows, info))
-        fig, sheet = out/f"histograms-{s}.png", out/f"contact-sheet-{s}.png"; _save(plot_manifest(rows), fig)
-        contact_sheet(path, a.n, a.seed, a.side, a.columns).save(sheet); print(f"drawn: {fig}, {sheet}\n")
+        rows, info = load_manifest(path)
+        print(describe_manifest(rows, info))
+        fig, sheet = out / f"histograms-{s}.png", out / f"contact-sheet-{s}.png"
+        _save(plot_manifest(rows), fig)
+        contact_sheet(path, a.n, a.seed, a.side, a.columns).save(sheet)
+        print(f"drawn: {fig}, {sheet}\n")
     return 0
 
 # %% ../nbs/01k_data_command.ipynb #ae3d3ba4
-def run_check(a): # parsed command line
+def run_check(a):  # parsed command line
     "Is the manifest whole, is every picture there, does it decode, has it its size, and is none in two splits? Exit code 1 if not."
-    found = find_manifests(a.manifest); wrong = shared_pictures(found)
+    found = find_manifests(a.manifest)
+    wrong = shared_pictures(found)
     for s, path in found.items():
-        bad = check_manifest(path, a.full); wrong += bad; print(f"{s}: {load_manifest(path)[1]['kept']:,} pictures, {len(bad):,} thing(s) wrong")
-    for w in wrong[:a.most]: print(f"  {w}")
-    if len(wrong) > a.most: print(f"  and {len(wrong)-a.most:,} more (--most {len(wrong)} lists them all)")
+        bad = check_manifest(path, a.full)
+        wrong += bad
+        print(f"{s}: {load_manifest(path)[1]['kept']:,} pictures, {len(bad):,} thing(s) wrong")
+    for w in wrong[: a.most]:
+        print(f"  {w}")
+    if len(wrong) > a.most:
+        print(f"  and {len(wrong) - a.most:,} more (--most {len(wrong)} lists them all)")
     return int(bool(wrong))
 
-def run_calibrate(a): # parsed command line
+
+def run_calibrate(a):  # parsed command line
     "The min_area that keeps as many pictures as the paper has, and how far the two splits disagree."
-    print(tell_calibration(calibrate_min_area(a.root, {s: getattr(a, s) for s in ("train", "val") if getattr(a, s)}, a.area_rule))); return 0
+    print(
+        tell_calibration(
+            calibrate_min_area(
+                a.root, {s: getattr(a, s) for s in ("train", "val") if getattr(a, s)}, a.area_rule
+            )
+        )
+    )
+    return 0
 
 # %% ../nbs/01k_data_command.ipynb #2de1978b
-def run_faces(a): # parsed command line
+def run_faces(a):  # parsed command line
     "Find the faces of a share of the pictures and keep them; `build --faces mtcnn` with the same settings then takes what was found."
-    out, given = Path(a.out or Path(a.root)/"people"), {k: v for k, v in vars(a).items() if k in a.told and k != "shard"}
-    for s in a.split: work = build_manifest(a.root, s, out/s, faces="mtcnn", shard=parse_shard(a.shard), **given); print(f"{s}, shard {a.shard or '0/1'}: found faces are in {work}")
+    out, given = (
+        Path(a.out or Path(a.root) / "people"),
+        {k: v for k, v in vars(a).items() if k in a.told and k != "shard"},
+    )
+    for s in a.split:
+        work = build_manifest(
+            a.root, s, out / s, faces="mtcnn", shard=parse_shard(a.shard), **given
+        )
+        print(f"{s}, shard {a.shard or '0/1'}: found faces are in {work}")
     return 0
+
 
 def _run_settings(a):
     "The settings of the run that will train, and its pictures."
-    c = TrainConfig.make(data_root=str(a.manifest), **{k: getattr(a, k) for k in ("preset", "base", "size", "crop", "mixed_precision", "cache_dir")})
-    return c, {s: PersonDataset(p, c.size, crop=c.crop) for s, p in find_manifests(a.manifest).items() if s in a.split}
+    c = TrainConfig.make(
+        data_root=str(a.manifest),
+        **{
+            k: getattr(a, k)
+            for k in ("preset", "base", "size", "crop", "mixed_precision", "cache_dir")
+        },
+    )
+    return c, {
+        s: PersonDataset(p, c.size, crop=c.crop)
+        for s, p in find_manifests(a.manifest).items()
+        if s in a.split
+    }
 
-def run_cache(a): # parsed command line
+
+def run_cache(a):  # parsed command line
     "Encode pictures and captions once, for runs with --cache_latents True and these settings; what is there and whole stays."
-    c, sets = _run_settings(a); base = load_base(c.base, check_device(a.device))
+    c, sets = _run_settings(a)
+    base = load_base(c.base, check_device(a.device))
     for s, d in sets.items():
-        folder = cache_folder(c.cache_dir, d, c.base, c.mixed_precision); made = build_cache(d, base, folder, c.mixed_precision, parse_shard(a.shard), workers=a.workers)
+        folder = cache_folder(c.cache_dir, d, c.base, c.mixed_precision)
+        made = build_cache(
+            d, base, folder, c.mixed_precision, parse_shard(a.shard), workers=a.workers
+        )
         print(f"{s}: {len(made)} shard(s) were made in {folder}")
     return 0
 
 # %% ../nbs/01k_data_command.ipynb #26aee3e0
-def run_shard(a): # parsed command line
+def run_shard(a):  # parsed command line
     "Pack pictures and annotations, and with --cached their encodings, into tar files: OUT/train/, OUT/val/; after the last of many shards, run once with --index."
-    c, sets = _run_settings(a); i, n = parse_shard(a.shard)
-    base = load_base(c.base, "cpu") if a.cached and not a.index else None   # whose encodings they must be
+    c, sets = _run_settings(a)
+    i, n = parse_shard(a.shard)
+    base = (
+        load_base(c.base, "cpu") if a.cached and not a.index else None
+    )  # whose encodings they must be
     for s, d in sets.items():
-        if base: d.cache = check_cache(d, base, cache_folder(c.cache_dir, d, c.base, c.mixed_precision), c.mixed_precision)
-        index = index_shards(Path(a.out)/s) if a.index else write_shards(d, Path(a.out)/s, a.pictures, (i, n))
-        print(f"{s}: {index}" if index else f"{s}: share {i}/{n} is written to {Path(a.out)/s}; when all are, run it again with --index")
+        if base:
+            d.cache = check_cache(
+                d, base, cache_folder(c.cache_dir, d, c.base, c.mixed_precision), c.mixed_precision
+            )
+        index = (
+            index_shards(Path(a.out) / s)
+            if a.index
+            else write_shards(d, Path(a.out) / s, a.pictures, (i, n))
+        )
+        print(
+            f"{s}: {index}"
+            if index
+            else f"{s}: share {i}/{n} is written to {Path(a.out) / s}; when all are, run it again with --index"
+        )
     return 0
 
 # %% ../nbs/01k_data_command.ipynb #aa5d9f30
-_ROOTS = dict(root="COCO 2017 root: annotations/, train2017/, val2017/", manifest="folder with train/ and val/, folder of a manifest, or metadata.jsonl")
+_ROOTS = dict(
+    root="COCO 2017 root: annotations/, train2017/, val2017/",
+    manifest="folder with train/ and val/, folder of a manifest, or metadata.jsonl",
+)
+
 
 def _command(sub, name, f, root="root", splits=("train", "val")):
     "A subcommand with its first argument."
-    p = sub.add_parser(name, help=f.__doc__.split("; ")[0], description=f.__doc__, allow_abbrev=False); p.add_argument(root, help=_ROOTS[root])
-    if splits: p.add_argument("--split", nargs="+", choices=("train", "val"), default=list(splits), help=f"which splits (default: {' '.join(splits)})")
-    p.set_defaults(run=f, told=()); return p
+    p = sub.add_parser(
+        name, help=f.__doc__.split("; ")[0], description=f.__doc__, allow_abbrev=False
+    )
+    p.add_argument(root, help=_ROOTS[root])
+    if splits:
+        p.add_argument(
+            "--split",
+            nargs="+",
+            choices=("train", "val"),
+            default=list(splits),
+            help=f"which splits (default: {' '.join(splits)})",
+        )
+    p.set_defaults(run=f, told=())
+    return p
 
-def _number(p, name, default, help): p.add_argument(f"--{name}", type=int, default=default, metavar="INT", help=f"{help} (default: {default})")
+
+def _number(p, name, default, help):
+    p.add_argument(
+        f"--{name}", type=int, default=default, metavar="INT", help=f"{help} (default: {default})"
+    )
+
 
 def _build_flags(p, skip, out):
     "The flags of `build` and `faces`: those of `build_manifest`, `Rule` and `FaceRule`; `told` lists them."
-    p.add_argument("--out", help=f"folder {out} (default: ROOT/people)"); add_flags(p, build_manifest, ("split", "out", *skip)); add_flags(p, Rule); add_flags(p, FaceRule)
-    p.set_defaults(told=[a.dest for a in p._actions if a.dest not in ("help", "root", "split", "out")])
+    p.add_argument("--out", help=f"folder {out} (default: ROOT/people)")
+    add_flags(p, build_manifest, ("split", "out", *skip))
+    add_flags(p, Rule)
+    add_flags(p, FaceRule)
+    p.set_defaults(
+        told=[a.dest for a in p._actions if a.dest not in ("help", "root", "split", "out")]
+    )
 
 # %% ../nbs/01k_data_command.ipynb #8e961eef
 def _run_flags(p):
     "The flags of `cache` and `shard` that a run has too."
-    about = {f.name: f.metadata for f in fields(TrainConfig)}; p.add_argument("--shard", help="i/n: this share only (default: all)")
+    about = {f.name: f.metadata for f in fields(TrainConfig)}
+    p.add_argument("--shard", help="i/n: this share only (default: all)")
     for k in ("preset", "base", "size", "crop", "mixed_precision", "cache_dir"):
-        kind = dict(type=int, metavar="INT") if k == "size" else dict(choices=about[k]["choices"]) if about[k]["choices"] else dict(metavar="TEXT")
+        kind = (
+            dict(type=int, metavar="INT")
+            if k == "size"
+            else dict(choices=about[k]["choices"])
+            if about[k]["choices"]
+            else dict(metavar="TEXT")
+        )
         p.add_argument(f"--{k}", help=f"{about[k]['help']} (default: the run's)", **kind)
 
+
 def _pass_commands(sub):
-    p = _command(sub, "cache", run_cache, "manifest", ("train",)); _run_flags(p)
-    p.add_argument("--device", help="where it encodes (default: a GPU if there is one)"); _number(p, "workers", 0, "processes that read pictures")
-    p = _command(sub, "shard", run_shard, "manifest", ("train",)); _run_flags(p); p.add_argument("--out", required=True, help="folder for the tar files"); _number(p, "pictures", 256, "pictures a tar file")
-    p.add_argument("--cached", action="store_true", help="pack the cache's encodings too"); p.add_argument("--index", action="store_true", help="only write index.json, once all shares are there")
+    p = _command(sub, "cache", run_cache, "manifest", ("train",))
+    _run_flags(p)
+    p.add_argument("--device", help="where it encodes (default: a GPU if there is one)")
+    _number(p, "workers", 0, "processes that read pictures")
+    p = _command(sub, "shard", run_shard, "manifest", ("train",))
+    _run_flags(p)
+    p.add_argument("--out", required=True, help="folder for the tar files")
+    _number(p, "pictures", 256, "pictures a tar file")
+    p.add_argument("--cached", action="store_true", help="pack the cache's encodings too")
+    p.add_argument(
+        "--index", action="store_true", help="only write index.json, once all shares are there"
+    )
 
 # %% ../nbs/01k_data_command.ipynb #bb352990
 def make_parser():
     "The parser of `masked-ldm-data`."
     tail = "masked-ldm-data COMMAND --help tells a command's settings; they are those of the Python functions, under the same names."
-    ap = argparse.ArgumentParser(prog="masked-ldm-data", allow_abbrev=False, description="COCO's people, from an empty folder to checked manifests.", epilog=tail)
+    ap = argparse.ArgumentParser(
+        prog="masked-ldm-data",
+        allow_abbrev=False,
+        description="COCO's people, from an empty folder to checked manifests.",
+        epilog=tail,
+    )
     sub = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = _command(sub, "download", run_download); p.add_argument("--url", default=ANNOTATIONS_URL, help="zip with the annotations (default: COCO's own)")
-    add_flags(p, download_pictures, ("split", "rule")); add_flags(p, fetch, ("check", "stop")); add_flags(p, Rule, ("min_faces",)); p.set_defaults(min_faces=0)
-    _build_flags(_command(sub, "build", run_build), ("shard",), "to write train/ and val/ to"); _build_flags(_command(sub, "faces", run_faces), ("faces", "verify", "max_bad"), "that build will be given")
-    p = _command(sub, "inspect", run_inspect, "manifest", ()); p.add_argument("--out", help="folder for the pictures (default: beside the manifest)"); add_flags(p, contact_sheet)
-    p = _command(sub, "check", run_check, "manifest", ()); add_flags(p, check_manifest); _number(p, "most", 20, "things wrong that are listed")
-    p = _command(sub, "calibrate", run_calibrate, splits=()); add_flags(p, calibrate_min_area, ("wanted",))
-    for s, k in (("train", 37470), ("val", 1565)): _number(p, s, k, f"pictures to keep of {s}2017, the paper's if not given; 0 leaves the split out")
-    _pass_commands(sub); return ap
+    p = _command(sub, "download", run_download)
+    p.add_argument(
+        "--url", default=ANNOTATIONS_URL, help="zip with the annotations (default: COCO's own)"
+    )
+    add_flags(p, download_pictures, ("split", "rule"))
+    add_flags(p, fetch, ("check", "stop"))
+    add_flags(p, Rule, ("min_faces",))
+    p.set_defaults(min_faces=0)
+    _build_flags(_command(sub, "build", run_build), ("shard",), "to write train/ and val/ to")
+    _build_flags(
+        _command(sub, "faces", run_faces),
+        ("faces", "verify", "max_bad"),
+        "that build will be given",
+    )
+    p = _command(sub, "inspect", run_inspect, "manifest", ())
+    p.add_argument("--out", help="folder for the pictures (default: beside the manifest)")
+    add_flags(p, contact_sheet)
+    p = _command(sub, "check", run_check, "manifest", ())
+    add_flags(p, check_manifest)
+    _number(p, "most", 20, "things wrong that are listed")
+    p = _command(sub, "calibrate", run_calibrate, splits=())
+    add_flags(p, calibrate_min_area, ("wanted",))
+    for s, k in (("train", 37470), ("val", 1565)):
+        _number(
+            p,
+            s,
+            k,
+            f"pictures to keep of {s}2017, the paper's if not given; 0 leaves the split out",
+        )
+    _pass_commands(sub)
+    return ap
 
 # %% ../nbs/01k_data_command.ipynb #d174ec09
-_LEAST = dict(pictures=1, retries=0, wait=0, timeout=.001, give_up=1, limit=1, n=1, side=16, columns=1, seed=0, most=0, train=0, val=0)
+_LEAST = dict(
+    pictures=1,
+    retries=0,
+    wait=0,
+    timeout=0.001,
+    give_up=1,
+    limit=1,
+    n=1,
+    side=16,
+    columns=1,
+    seed=0,
+    most=0,
+    train=0,
+    val=0,
+)
 
-def check_line(parser, # from `make_parser`
-               a):     # parsed command line
+
+def check_line(
+    parser,  # from `make_parser`
+    a,
+):  # parsed command line
     "End with exit code 2 and a sentence for settings that cannot be."
     try:
-        parse_shard(getattr(a, "shard", None)); check_device(getattr(a, "device", None) or "cpu")
-        for kind in (Rule, FaceRule): kind(**{f.name: getattr(a, f.name) for f in fields(kind) if hasattr(a, f.name)})
-    except ValueError as e: parser.error(str(e))
+        parse_shard(getattr(a, "shard", None))
+        check_device(getattr(a, "device", None) or "cpu")
+        for kind in (Rule, FaceRule):
+            kind(**{f.name: getattr(a, f.name) for f in fields(kind) if hasattr(a, f.name)})
+    except ValueError as e:
+        parser.error(str(e))
     least_of = dict(_LEAST, workers=0 if a.command == "cache" else 1)
     for name, least in least_of.items():
         v = getattr(a, name, None)
-        if v is not None and not v >= least: parser.error(f"{name} must be {least} or more, not {v}")
-    if a.command == "calibrate" and not a.train and not a.val: parser.error("train and val are both 0: there is nothing to calibrate")
+        if v is not None and not v >= least:
+            parser.error(f"{name} must be {least} or more, not {v}")
+    if a.command == "calibrate" and not a.train and not a.val:
+        parser.error("train and val are both 0: there is nothing to calibrate")
 
-def main(argv=None): # command line; None: sys.argv
+
+def main(argv=None):  # command line; None: sys.argv
     "COCO's people on the command line."
-    parser = make_parser(); a = parser.parse_args(argv); check_line(parser, a); me = f"masked-ldm-data {a.command}"
-    try: code = a.run(a)
-    except KeyboardInterrupt: print(f"{me}: stopped; what is done stays, run it again to go on", file=sys.stderr); raise SystemExit(130)
-    except OSError as e: raise SystemExit(f"{me}: {f'{e.filename}: {e.strerror}' if e.filename and e.strerror else e}")
+    parser = make_parser()
+    a = parser.parse_args(argv)
+    check_line(parser, a)
+    me = f"masked-ldm-data {a.command}"
+    try:
+        code = a.run(a)
+    except KeyboardInterrupt:
+        print(f"{me}: stopped; what is done stays, run it again to go on", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as e:
+        raise SystemExit(
+            f"{me}: {f'{e.filename}: {e.strerror}' if e.filename and e.strerror else e}"
+        )
     except Exception as e:
-        if told(e): raise SystemExit(f"{me}: {e}")
+        if told(e):
+            raise SystemExit(f"{me}: {e}")
         raise
-    if code: raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
-if __name__ == "__main__" and getattr(sys.modules["__main__"], "__spec__", None): main()   # python -m, not a notebook
+
+if __name__ == "__main__" and getattr(sys.modules["__main__"], "__spec__", None):
+    main()  # python -m, not a notebook

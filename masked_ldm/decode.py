@@ -7,59 +7,82 @@ __all__ = ['by_parts', 'shown', 'window', 'decode_around']
 
 # %% ../nbs/04d_decode.ipynb #a2c5d754
 import torch
+
 from .as_it_goes import gradient_of
 
 # %% ../nbs/04d_decode.ipynb #47534c2e
-def by_parts(f,    # (rows of a part, its x with gradient) -> (scalar, tensors to keep, one row a sample)
-             x,    # (B,...) with gradient
-             rows, # samples that count, in the order of the results
-             n,    # samples a part
-            ): # (scalar whose value is the sum over the parts and whose gradient is theirs, list of what was kept, joined and without gradient)
+def by_parts(
+    f,  # (rows of a part, its x with gradient) -> (scalar, tensors to keep, one row a sample)
+    x,  # (B,...) with gradient
+    rows,  # samples that count, in the order of the results
+    n,  # samples a part
+):  # (scalar whose value is the sum over the parts and whose gradient is theirs, list of what was kept, joined and without gradient)
     "A sum over samples whose graphs are never all there at once."
-    total, pull, kept = 0., torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype)), []
+    total, pull, kept = (
+        0.0,
+        torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype)),
+        [],
+    )
     for part in rows.split(n):
         with torch.enable_grad():
-            z = x[part].detach().requires_grad_(); v, *keep = f(part, z); pull[part] = gradient_of(v, z).to(pull)
-        total = total + v.detach(); kept.append([k.detach() for k in keep])
-    slope = (x*pull).sum()                                      # linear in x: its gradient is `pull`
+            z = x[part].detach().requires_grad_()
+            v, *keep = f(part, z)
+            pull[part] = gradient_of(v, z).to(pull)
+        total = total + v.detach()
+        kept.append([k.detach() for k in keep])
+    slope = (x * pull).sum()  # linear in x: its gradient is `pull`
     return total + (slope - slope.detach()), [torch.cat(k) for k in zip(*kept)]
 
 # %% ../nbs/04d_decode.ipynb #205ab7ce
-def shown(mask,  # (D,1,H,W) people
-          boxes, # (M,5) faces: rows of (image number, x0, y0, x1, y1)
-         ): # (D,1,H,W) bool
+def shown(
+    mask,  # (D,1,H,W) people
+    boxes,  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
+):  # (D,1,H,W) bool
     "Where the loss looks: people, and faces' boxes."
     out = mask > 0
-    for i, x0, y0, x1, y1 in boxes.round().long().tolist(): out[i, :, max(0, y0):y1, max(0, x0):x1] = True
+    for i, x0, y0, x1, y1 in boxes.round().long().tolist():
+        out[i, :, max(0, y0) : y1, max(0, x0) : x1] = True
     return out
 
 # %% ../nbs/04d_decode.ipynb #157c4f8a
-def window(where,     # (H,W) bool
-           f,         # image side / latent side
-           margin=4): # latent cells added on each side
+def window(
+    where,  # (H,W) bool
+    f,  # image side / latent side
+    margin=4,
+):  # latent cells added on each side
     "(rows, columns) of latent cells, as slices inside the picture, or None where nothing is marked."
     out = []
     for axis, n in ((1, where.shape[0]), (0, where.shape[1])):
         on = where.any(axis).nonzero()[:, 0]
-        if not len(on): return None
-        out.append(slice(max(0, int(on[0])//f - margin), min(n//f, int(on[-1])//f + 1 + margin)))
+        if not len(on):
+            return None
+        out.append(
+            slice(max(0, int(on[0]) // f - margin), min(n // f, int(on[-1]) // f + 1 + margin))
+        )
     return tuple(out)
 
 # %% ../nbs/04d_decode.ipynb #582a6ee5
-def decode_around(decode,    # latents (1,4,h,w) -> pictures (1,3,H,W), with gradient
-                  latents,   # (D,4,h,w)
-                  target,    # (D,3,H,W) the true pictures
-                  where,     # (D,1,H,W) bool, from `shown`
-                  margin=4,  # latent cells around what is marked
-                  most=.7,   # a window that is a larger share of the picture is not worth it: the whole is decoded
-                 ): # (D,3,H,W): decoded inside the window, true outside
+def decode_around(
+    decode,  # latents (1,4,h,w) -> pictures (1,3,H,W), with gradient
+    latents,  # (D,4,h,w)
+    target,  # (D,3,H,W) the true pictures
+    where,  # (D,1,H,W) bool, from `shown`
+    margin=4,  # latent cells around what is marked
+    most=0.7,  # a window that is a larger share of the picture is not worth it: the whole is decoded
+):  # (D,3,H,W): decoded inside the window, true outside
     "Decode what is looked at. Not exact: the decoder's attention and group norms see the window as if it were a picture."
-    f, out = target.shape[-1]//latents.shape[-1], []
+    f, out = target.shape[-1] // latents.shape[-1], []
     for z, y, on in zip(latents, target, where):
         w = window(on[0], f, margin)
-        if w is None: out.append(y); continue
+        if w is None:
+            out.append(y)
+            continue
         (r, c), (h, ww) = w, z.shape[-2:]
-        if (r.stop-r.start)*(c.stop-c.start) > most*h*ww: out.append(decode(z[None])[0]); continue
-        piece = decode(z[None, :, r, c])[0]; image = y.to(piece.dtype).clone()
-        image[:, r.start*f:r.stop*f, c.start*f:c.stop*f] = piece; out.append(image)
+        if (r.stop - r.start) * (c.stop - c.start) > most * h * ww:
+            out.append(decode(z[None])[0])
+            continue
+        piece = decode(z[None, :, r, c])[0]
+        image = y.to(piece.dtype).clone()
+        image[:, r.start * f : r.stop * f, c.start * f : c.stop * f] = piece
+        out.append(image)
     return torch.stack(out)

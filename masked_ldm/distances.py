@@ -8,207 +8,401 @@ __all__ = ['INCEPTION', 'as_uint8', 'clean_resize', 'Features', 'weights_hash', 
            'reference']
 
 # %% ../nbs/06a_distances.ipynb #a655e277
-import hashlib, json, os
+import hashlib
+import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-import numpy as np, torch, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torchmetrics.image.kid import poly_mmd
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 # %% ../nbs/06a_distances.ipynb #735aa176
-def as_uint8(x, # (B,3,H,W) uint8, or floats RGB in [-1,1]; or a list of PIL images of one size
-            ): # (B,3,H,W) uint8
+def as_uint8(
+    x,  # (B,3,H,W) uint8, or floats RGB in [-1,1]; or a list of PIL images of one size
+):  # (B,3,H,W) uint8
     "Exact pixels: floats are clamped and rounded. Raises ValueError for NaN and for what is no picture."
-    if isinstance(x, (list, tuple)): x = torch.stack([pil_to_tensor(im.convert("RGB")) for im in x])
-    if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"pictures must have shape (B, 3, H, W), not {tuple(x.shape)}")
-    if x.dtype == torch.uint8: return x
-    if not x.is_floating_point(): raise ValueError(f"pictures must be uint8 or floats in [-1, 1], not {x.dtype}")
-    if bad := int((~torch.isfinite(x)).flatten(1).any(1).sum()): raise ValueError(f"{bad} of {len(x)} pictures hold NaN or infinite pixels")
-    return ((x.float().clamp(-1, 1) + 1)*127.5).round().to(torch.uint8)
+    if isinstance(x, (list, tuple)):
+        x = torch.stack([pil_to_tensor(im.convert("RGB")) for im in x])
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"pictures must have shape (B, 3, H, W), not {tuple(x.shape)}")
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise ValueError(f"pictures must be uint8 or floats in [-1, 1], not {x.dtype}")
+    if bad := int((~torch.isfinite(x)).flatten(1).any(1).sum()):
+        raise ValueError(f"{bad} of {len(x)} pictures hold NaN or infinite pixels")
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-def clean_resize(x,    # (B,3,H,W) uint8
-                 side, # of the result, pixels
-                ): # (B,3,side,side) uint8
+
+def clean_resize(
+    x,  # (B,3,H,W) uint8
+    side,  # of the result, pixels
+):  # (B,3,side,side) uint8
     "Antialiased bicubic on floats, clamped and rounded; nothing is done to a picture of that size."
-    if x.shape[-2:] == (side, side): return x
-    return F.interpolate(x.float(), (side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255).round().to(torch.uint8)
+    if x.shape[-2:] == (side, side):
+        return x
+    return (
+        F.interpolate(x.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
+        .clamp(0, 255)
+        .round()
+        .to(torch.uint8)
+    )
 
 # %% ../nbs/06a_distances.ipynb #f2fc9d94
 INCEPTION = "6726825d"  # how the SHA-256 of the file of FID's own weights begins
 
+
 @dataclass
 class Features:
     "A network that turns pictures into rows of numbers."
-    name: str      # what it is called in tables
-    net: object    # (B,3,side,side) uint8 -> (B,D) floats
-    side: int      # of the pictures it is shown, pixels
-    weights: str   # SHA-256 of its weights
+
+    name: str  # what it is called in tables
+    net: object  # (B,3,side,side) uint8 -> (B,D) floats
+    side: int  # of the pictures it is shown, pixels
+    weights: str  # SHA-256 of its weights
 
     @property
-    def title(self): # FID, or what it is instead
-        return "FID" if self.name == "inception" and self.weights.startswith(INCEPTION) else f"Fréchet distance ({self.name} {self.weights[:8]})"
+    def title(self):  # FID, or what it is instead
+        return (
+            "FID"
+            if self.name == "inception" and self.weights.startswith(INCEPTION)
+            else f"Fréchet distance ({self.name} {self.weights[:8]})"
+        )
 
     @torch.no_grad()
-    def __call__(self, pictures, # what `as_uint8` takes, or a list of PIL images of any sizes
-                 batch=32):      # pictures a pass
+    def __call__(
+        self,
+        pictures,  # what `as_uint8` takes, or a list of PIL images of any sizes
+        batch=32,
+    ):  # pictures a pass
         "(N,D) float32 features. Raises what `as_uint8` raises."
-        if not len(pictures): return np.zeros((0, 1), np.float32)
-        sizes = {im.size for im in pictures} if isinstance(pictures, (list, tuple)) else {0}; step = batch if len(sizes) == 1 else 1
-        return np.concatenate([self.net(clean_resize(as_uint8(pictures[i:i+step]), self.side)).float().cpu().numpy() for i in range(0, len(pictures), step)])
+        if not len(pictures):
+            return np.zeros((0, 1), np.float32)
+        sizes = {im.size for im in pictures} if isinstance(pictures, (list, tuple)) else {0}
+        step = batch if len(sizes) == 1 else 1
+        return np.concatenate(
+            [
+                self.net(clean_resize(as_uint8(pictures[i : i + step]), self.side))
+                .float()
+                .cpu()
+                .numpy()
+                for i in range(0, len(pictures), step)
+            ]
+        )
 
-def weights_hash(net): # a module
+
+def weights_hash(net):  # a module
     "SHA-256 of a module's weights, by name, type, shape and value."
     h = hashlib.sha256()
-    for k, v in sorted(net.state_dict().items()): h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for k, v in sorted(net.state_dict().items()):
+        h.update(
+            f"{k} {v.dtype} {tuple(v.shape)}".encode()
+            + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return h.hexdigest()
 
-def critic_features(net, name="critic"): # a `TapNet`, on its device; what to call it
+
+def critic_features(net, name="critic"):  # a `TapNet`, on its device; what to call it
     "The last block of a network of the built-in world, averaged over the picture."
-    look = lambda x: net(x.to(next(net.parameters()).device).float()/127.5 - 1)[-1].mean((2, 3))
+
+    def look(x):
+        return net(x.to(next(net.parameters()).device).float() / 127.5 - 1)[-1].mean((2, 3))
+
     return Features(name, look, 64, weights_hash(net))
 
 # %% ../nbs/06a_distances.ipynb #d3198528
-def _state(path): # of a weights file
+def _state(path):  # of a weights file
     "Tensors of a file; nothing in it is executed."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"Inception weights {path} are missing")
-    try: return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"Inception weights {path} cannot be read as safetensors or as a plain dictionary of tensors ({type(e).__name__})") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"Inception weights {path} are missing")
+    try:
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as e:
+        raise ValueError(
+            f"Inception weights {path} cannot be read as safetensors or as a plain dictionary of tensors ({type(e).__name__})"
+        ) from None
 
-def inception(weights=None, # file with torch-fidelity's state dict (.pth or .safetensors); None: from the cache, or downloaded
-              device="cpu"): # where it runs
+
+def inception(
+    weights=None,  # file with torch-fidelity's state dict (.pth or .safetensors); None: from the cache, or downloaded
+    device="cpu",
+):  # where it runs
     "FID's own network, at 299 pixels and 2048 features. Raises ImportError, FileNotFoundError or ValueError with what is missing."
-    try: from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3; from torchmetrics.image.fid import NoTrainInceptionV3
-    except ImportError: raise ImportError("FID needs torchmetrics' Inception: pip install 'masked_ldm[fid]'") from None
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError:
+        raise ImportError(
+            "FID needs torchmetrics' Inception: pip install 'masked_ldm[fid]'"
+        ) from None
     if weights is None:
-        weights = Path(torch.hub.get_dir())/"checkpoints"/URL_INCEPTION_V3.rsplit("/", 1)[1]
+        weights = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
         if not weights.is_file():
             weights.parent.mkdir(parents=True, exist_ok=True)
-            try: torch.hub.download_url_to_file(URL_INCEPTION_V3, str(weights), hash_prefix=INCEPTION, progress=False)
-            except Exception as e: raise FileNotFoundError(f"FID's Inception weights are neither at {weights} nor could be downloaded ({type(e).__name__}): fetch {URL_INCEPTION_V3} and name the file") from None
+            try:
+                torch.hub.download_url_to_file(
+                    URL_INCEPTION_V3, str(weights), hash_prefix=INCEPTION, progress=False
+                )
+            except Exception as e:
+                raise FileNotFoundError(
+                    f"FID's Inception weights are neither at {weights} nor could be downloaded ({type(e).__name__}): fetch {URL_INCEPTION_V3} and name the file"
+                ) from None
     state, digest = _state(weights), hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    with TemporaryDirectory() as tmp:   # the library unpickles the file it is given, so it is given one that was written here
+    with (
+        TemporaryDirectory() as tmp
+    ):  # the library unpickles the file it is given, so it is given one that was written here
         torch.save(state, f"{tmp}/w.pth")
-        try: net = NoTrainInceptionV3("inception", ["2048"], f"{tmp}/w.pth").to(device)
-        except RuntimeError as e: raise ValueError(f"Inception weights {weights} do not fit FID's Inception: {str(e).splitlines()[1].strip()[:120]}") from None
+        try:
+            net = NoTrainInceptionV3("inception", ["2048"], f"{tmp}/w.pth").to(device)
+        except RuntimeError as e:
+            raise ValueError(
+                f"Inception weights {weights} do not fit FID's Inception: {str(e).splitlines()[1].strip()[:120]}"
+            ) from None
     return Features("inception", lambda x: net(x.to(device)), 299, digest)
 
 # %% ../nbs/06a_distances.ipynb #3d67cb7b
-def _nuclear(m): # (r,s)
+def _nuclear(m):  # (r,s)
     "Sum of singular values, from the smaller Gram matrix."
     return np.sqrt(np.linalg.eigvalsh(m @ m.T if len(m) < m.shape[1] else m.T @ m).clip(0)).sum()
 
+
 class Moments:
     "Number, mean and covariance of features, filled batch by batch."
-    def __init__(self, features=None): # (N,D), or None to begin empty
-        self.n, self.mean, self._m2, self._rows = 0, 0., 0., None
-        if features is not None: self.update(features)
 
-    def update(self, features): # (N,D)
+    def __init__(self, features=None):  # (N,D), or None to begin empty
+        self.n, self.mean, self._m2, self._rows = 0, 0.0, 0.0, None
+        if features is not None:
+            self.update(features)
+
+    def update(self, features):  # (N,D)
         "Add a batch (Chan, Golub & LeVeque 1979). Raises ValueError for NaN."
-        x = np.asarray(features, np.float64); n, total = len(x), self.n + len(x)
-        if not np.isfinite(x).all(): raise ValueError("features hold NaN or infinite numbers: one picture at least could not be read by the network")
-        if not n: return self
-        mean = x.mean(0); gap = mean - self.mean; x = x - mean; self._rows = x if total == n <= x.shape[1] else None
-        self._m2 = self._m2 + x.T @ x + np.outer(gap, gap)*(self.n*n/total)
-        self.mean = self.mean + gap*(n/total); self.n = total; self.__dict__.pop("factor", None); return self
+        x = np.asarray(features, np.float64)
+        n, total = len(x), self.n + len(x)
+        if not np.isfinite(x).all():
+            raise ValueError(
+                "features hold NaN or infinite numbers: one picture at least could not be read by the network"
+            )
+        if not n:
+            return self
+        mean = x.mean(0)
+        gap = mean - self.mean
+        x = x - mean
+        self._rows = x if total == n <= x.shape[1] else None
+        self._m2 = self._m2 + x.T @ x + np.outer(gap, gap) * (self.n * n / total)
+        self.mean = self.mean + gap * (n / total)
+        self.n = total
+        self.__dict__.pop("factor", None)
+        return self
 
     @property
-    def cov(self): # (D,D)
-        if self.n < 2: raise ValueError(f"a Fréchet distance needs at least 2 pictures in each set, not {self.n}")
-        return np.atleast_2d(self._m2/(self.n-1))
+    def cov(self):  # (D,D)
+        if self.n < 2:
+            raise ValueError(
+                f"a Fréchet distance needs at least 2 pictures in each set, not {self.n}"
+            )
+        return np.atleast_2d(self._m2 / (self.n - 1))
 
     @cached_property
-    def factor(self): # (r,D), F^T F is the covariance: the centred rows where they are fewer than D, else by eigenvectors
-        if self.cov is not None and self._rows is not None: return self._rows/(self.n-1)**.5
-        w, v = np.linalg.eigh(self.cov); return (v*np.sqrt(w.clip(0))).T
+    def factor(
+        self,
+    ):  # (r,D), F^T F is the covariance: the centred rows where they are fewer than D, else by eigenvectors
+        if self.cov is not None and self._rows is not None:
+            return self._rows / (self.n - 1) ** 0.5
+        w, v = np.linalg.eigh(self.cov)
+        return (v * np.sqrt(w.clip(0))).T
 
-def frechet(a,   # (N,D) features or `Moments`
-            b):  # the same, of the reference
+
+def frechet(
+    a,  # (N,D) features or `Moments`
+    b,
+):  # the same, of the reference
     "Squared Fréchet distance of two sets, each taken for a normal distribution. Raises ValueError for fewer than 2 pictures."
     a, b = (v if isinstance(v, Moments) else Moments(v) for v in (a, b))
-    return float(((a.mean-b.mean)**2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2*_nuclear(a.factor @ b.factor.T))
+    return float(
+        ((a.mean - b.mean) ** 2).sum()
+        + np.trace(a.cov)
+        + np.trace(b.cov)
+        - 2 * _nuclear(a.factor @ b.factor.T)
+    )
 
 # %% ../nbs/06a_distances.ipynb #3a9a3d01
-def kid(a, b,        # (N,D), (M,D) features
-        subsets=50,  # random subsets
-        size=1000,   # of a subset; at most half of the smaller set, so that two can be disjoint
-        seed=0):     # of the subsets
+def kid(
+    a,
+    b,  # (N,D), (M,D) features
+    subsets=50,  # random subsets
+    size=1000,  # of a subset; at most half of the smaller set, so that two can be disjoint
+    seed=0,
+):  # of the subsets
     "dict: KID and its deviation over subsets, and their size. Raises ValueError for fewer than 4 pictures."
-    size = min(size, len(a)//2, len(b)//2); rng = np.random.default_rng(seed)
-    if size < 2: raise ValueError(f"KID needs at least 4 pictures in each set, not {min(len(a), len(b))}")
-    a, b = (torch.from_numpy(np.asarray(v, np.float64)) for v in (a, b)); v = []
+    size = min(size, len(a) // 2, len(b) // 2)
+    rng = np.random.default_rng(seed)
+    if size < 2:
+        raise ValueError(f"KID needs at least 4 pictures in each set, not {min(len(a), len(b))}")
+    a, b = (torch.from_numpy(np.asarray(v, np.float64)) for v in (a, b))
+    v = []
     for _ in range(subsets):
-        i = rng.choice(len(a), size, replace=False); j = rng.choice(np.setdiff1d(np.arange(len(b)), i), size, replace=False); v.append(poly_mmd(a[i], b[j]).item())
+        i = rng.choice(len(a), size, replace=False)
+        j = rng.choice(np.setdiff1d(np.arange(len(b)), i), size, replace=False)
+        v.append(poly_mmd(a[i], b[j]).item())
     return dict(mean=float(np.mean(v)), sd=float(np.std(v)), subset=size)
 
 # %% ../nbs/06a_distances.ipynb #4aa8068d
-def kid_values(a, b,      # (N,D), (M,D) features of a model, of the reference
-               who=None,  # (N,) prompt of each row; None: a row a prompt
-               n=None):   # prompts there are; None: up to the last in `who`
+def kid_values(
+    a,
+    b,  # (N,D), (M,D) features of a model, of the reference
+    who=None,  # (N,) prompt of each row; None: a row a prompt
+    n=None,
+):  # prompts there are; None: up to the last in `who`
     "(n,) pseudo-values of KID over all rows, one a prompt, NaN for a prompt without a row; their mean is KID, but for a remainder of order 1/n. Raises ValueError for fewer than 4 prompts."
-    x, y = (np.asarray(v, np.float64) for v in (a, b)); who = np.arange(len(x)) if who is None else np.asarray(who, int); names, g = np.unique(who, return_inverse=True); G, D = len(names), x.shape[1]
-    if G < 4 or len(y) < 4: raise ValueError(f"KID needs at least 4 pictures in each set, not {min(G, len(y))}")
-    k = lambda u, v: (u @ v.T/D + 1)**3; own, far = k(x, x), k(x, y).sum(1); np.fill_diagonal(own, 0); real = (k(y, y).sum() - (k(y, y).trace()))/(len(y)*(len(y)-1))
-    size = np.bincount(g); inside = np.array([own[np.ix_(r, r)].sum() for r in (np.flatnonzero(g == j) for j in range(G))]); rows, cross = np.bincount(g, own.sum(1)), np.bincount(g, far)
-    value = lambda s, c, m: s/(m*(m-1)) + real - 2*c/(m*len(y)); whole = value(own.sum(), far.sum(), len(x)); left = value(own.sum() - 2*rows + inside, far.sum() - cross, len(x) - size)
-    out = np.full(n or 1 + who.max(), np.nan); out[names] = G*whole - (G-1)*left; return out
+    x, y = (np.asarray(v, np.float64) for v in (a, b))
+    who = np.arange(len(x)) if who is None else np.asarray(who, int)
+    names, g = np.unique(who, return_inverse=True)
+    G, D = len(names), x.shape[1]
+    if G < 4 or len(y) < 4:
+        raise ValueError(f"KID needs at least 4 pictures in each set, not {min(G, len(y))}")
+
+    def k(u, v):
+        return (u @ v.T / D + 1) ** 3
+
+    own, far = k(x, x), k(x, y).sum(1)
+    np.fill_diagonal(own, 0)
+    real = (k(y, y).sum() - (k(y, y).trace())) / (len(y) * (len(y) - 1))
+    size = np.bincount(g)
+    inside = np.array([own[np.ix_(r, r)].sum() for r in (np.flatnonzero(g == j) for j in range(G))])
+    rows, cross = np.bincount(g, own.sum(1)), np.bincount(g, far)
+
+    def value(s, c, m):
+        return s / (m * (m - 1)) + real - 2 * c / (m * len(y))
+
+    whole = value(own.sum(), far.sum(), len(x))
+    left = value(own.sum() - 2 * rows + inside, far.sum() - cross, len(x) - size)
+    out = np.full(n or 1 + who.max(), np.nan)
+    out[names] = G * whole - (G - 1) * left
+    return out
 
 # %% ../nbs/06a_distances.ipynb #935f9c1f
-def _frame(sets, ref, who): # ([features], [the same in the frame of the reference], [rows of each prompt], number of prompts)
-    sets = [np.asarray(s, np.float64) for s in sets]; who = [np.arange(len(s)) for s in sets] if who is None else [np.asarray(w, int) for w in who]
-    n = 1 + max(int(w.max()) for w in who); return sets, [s @ ref.factor.T for s in sets], [[np.flatnonzero(w == i) for i in range(n)] for w in who], n
+def _frame(
+    sets, ref, who
+):  # ([features], [the same in the frame of the reference], [rows of each prompt], number of prompts)
+    sets = [np.asarray(s, np.float64) for s in sets]
+    who = [np.arange(len(s)) for s in sets] if who is None else [np.asarray(w, int) for w in who]
+    n = 1 + max(int(w.max()) for w in who)
+    return (
+        sets,
+        [s @ ref.factor.T for s in sets],
+        [[np.flatnonzero(w == i) for i in range(n)] for w in who],
+        n,
+    )
 
-def _of_rows(x, y, ref): # rows of a set, and the same in the frame
-    c = (y - y.mean(0))/(len(y)-1)**.5
-    return ((x.mean(0)-ref.mean)**2).sum() + x.var(0, ddof=1).sum() + np.trace(ref.cov) - 2*_nuclear(c)
 
-def frechet_draws(sets,     # list of (N,D) features, one a model, rows in the order of the prompts
-                  ref,      # `Moments` of the reference
-                  draws=100, seed=0, # bootstrap samples of prompts, the same for all sets; of the bootstrap
-                  who=None): # list of (N,), the prompt of each row; None: a row a prompt
+def _of_rows(x, y, ref):  # rows of a set, and the same in the frame
+    c = (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    return (
+        ((x.mean(0) - ref.mean) ** 2).sum()
+        + x.var(0, ddof=1).sum()
+        + np.trace(ref.cov)
+        - 2 * _nuclear(c)
+    )
+
+
+def frechet_draws(
+    sets,  # list of (N,D) features, one a model, rows in the order of the prompts
+    ref,  # `Moments` of the reference
+    draws=100,
+    seed=0,  # bootstrap samples of prompts, the same for all sets; of the bootstrap
+    who=None,
+):  # list of (N,), the prompt of each row; None: a row a prompt
     "(draws, len(sets)) distances."
-    sets, turned, rows, n = _frame(sets, ref, who); rng, out = np.random.default_rng(seed), []
+    sets, turned, rows, n = _frame(sets, ref, who)
+    rng, out = np.random.default_rng(seed), []
     for _ in range(draws):
-        pick = rng.integers(0, n, n); at = [np.concatenate([r[i] for i in pick]) for r in rows]
+        pick = rng.integers(0, n, n)
+        at = [np.concatenate([r[i] for i in pick]) for r in rows]
         out.append([_of_rows(s[k], t[k], ref) for s, t, k in zip(sets, turned, at)])
     return np.array(out)
 
-def frechet_interval(value,  # the distance, or a difference of two
-                     draws): # (draws,) from `frechet_draws`, or differences of its columns
+
+def frechet_interval(
+    value,  # the distance, or a difference of two
+    draws,
+):  # (draws,) from `frechet_draws`, or differences of its columns
     "(low, high): 1.96 deviations of the bootstrap around the value; it also serves differences, so it may reach below 0."
-    return float(value - 1.96*np.std(draws)), float(value + 1.96*np.std(draws))
+    return float(value - 1.96 * np.std(draws)), float(value + 1.96 * np.std(draws))
 
 # %% ../nbs/06a_distances.ipynb #f1d9c6ed
-def frechet_swap(a, b,    # (N,D), (M,D) features of two models
-                 ref,     # `Moments` of the reference
-                 draws=200, seed=0, # random swaps of prompts; of the swaps
-                 who=None): # the prompt of each row of both, as for `frechet_draws`
+def frechet_swap(
+    a,
+    b,  # (N,D), (M,D) features of two models
+    ref,  # `Moments` of the reference
+    draws=200,
+    seed=0,  # random swaps of prompts; of the swaps
+    who=None,
+):  # the prompt of each row of both, as for `frechet_draws`
     "Two-sided p of the difference of two distances (never 0: Phipson & Smyth 2010)."
-    sets, turned, rows, n = _frame((a, b), ref, who); rng, x, y, shift = np.random.default_rng(seed), np.concatenate(sets), np.concatenate(turned), len(sets[0])
+    sets, turned, rows, n = _frame((a, b), ref, who)
+    rng, x, y, shift = (
+        np.random.default_rng(seed),
+        np.concatenate(sets),
+        np.concatenate(turned),
+        len(sets[0]),
+    )
+
     def apart(flip):
-        one = np.concatenate([rows[1][i] + shift if f else rows[0][i] for i, f in enumerate(flip)]); two = np.setdiff1d(np.arange(len(x)), one)
+        one = np.concatenate([rows[1][i] + shift if f else rows[0][i] for i, f in enumerate(flip)])
+        two = np.setdiff1d(np.arange(len(x)), one)
         return _of_rows(x[two], y[two], ref) - _of_rows(x[one], y[one], ref)
-    seen = abs(apart(np.zeros(n, bool))); return float((1 + sum(abs(apart(rng.random(n) < .5)) >= seen - 1e-9 for _ in range(draws)))/(1 + draws))
+
+    seen = abs(apart(np.zeros(n, bool)))
+    return float(
+        (1 + sum(abs(apart(rng.random(n) < 0.5)) >= seen - 1e-9 for _ in range(draws)))
+        / (1 + draws)
+    )
 
 # %% ../nbs/06a_distances.ipynb #999abe09
-def picture_hash(pictures): # what `as_uint8` takes, or a list of PIL images of any sizes
+def picture_hash(pictures):  # what `as_uint8` takes, or a list of PIL images of any sizes
     "SHA-256 of exact pixels and their order."
     h = hashlib.sha256()
-    for x in pictures: v = pil_to_tensor(x.convert("RGB")) if hasattr(x, "convert") else as_uint8(x[None])[0]; h.update(str(tuple(v.shape)).encode() + v.contiguous().numpy().tobytes())
+    for x in pictures:
+        v = pil_to_tensor(x.convert("RGB")) if hasattr(x, "convert") else as_uint8(x[None])[0]
+        h.update(str(tuple(v.shape)).encode() + v.contiguous().numpy().tobytes())
     return h.hexdigest()
 
-def reference(features,   # `Features`
-              pictures,   # of the reference
-              cache_dir,  # where features are kept
-              region="whole"): # what the pictures are cut to, for the record
+
+def reference(
+    features,  # `Features`
+    pictures,  # of the reference
+    cache_dir,  # where features are kept
+    region="whole",
+):  # what the pictures are cut to, for the record
     "((N,D) features, record: n, region, network, weights, side, pictures' hash)."
-    record = dict(n=len(pictures), region=region, network=features.name, weights=features.weights, side=features.side, pictures=picture_hash(pictures)); key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache_dir)/f"features-{key}.safetensors"
-    try: return load_file(path)["features"].numpy(), record
-    except Exception: pass   # not there, or broken off
-    f = features(pictures); path.parent.mkdir(parents=True, exist_ok=True); save_file(dict(features=torch.from_numpy(f)), f"{path}.{os.getpid()}"); os.replace(f"{path}.{os.getpid()}", path)
+    record = dict(
+        n=len(pictures),
+        region=region,
+        network=features.name,
+        weights=features.weights,
+        side=features.side,
+        pictures=picture_hash(pictures),
+    )
+    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"features-{key}.safetensors"
+    try:
+        return load_file(path)["features"].numpy(), record
+    except Exception:
+        pass  # not there, or broken off
+    f = features(pictures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(features=torch.from_numpy(f)), f"{path}.{os.getpid()}")
+    os.replace(f"{path}.{os.getpid()}", path)
     return f, record

@@ -7,14 +7,29 @@ __all__ = ['ANNOTATIONS_URL', 'ANNOTATION_FILES', 'COCO_SERVER', 'FetchError', '
            'download_lock', 'download_annotations', 'picture_url', 'download_pictures', 'tell_download']
 
 # %% ../nbs/01i_download.ipynb #fe5fe04f
-import contextlib, errno, json, os, re, shutil, threading, zipfile
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import threading
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import quote, urlsplit
+
 import requests
 from filelock import FileLock, Timeout
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
+
 from .pictures import PictureError, check_picture
 from .show import progress
 from .subset import Rule, select_pictures
@@ -22,159 +37,286 @@ from .subset import Rule, select_pictures
 # %% ../nbs/01i_download.ipynb #4b828e6d
 class FetchError(OSError):
     "A file that could not be fetched; the message names the address and what was wrong."
-    reason = ""   # what was wrong, without the address
+
+    reason = ""  # what was wrong, without the address
+
 
 class _Again(Exception):
     "Something that may pass."
-    def __init__(self, reason, wait=0): super().__init__(reason); self.wait = wait
 
-_own = threading.local()   # a session a thread: connections stay open, and are not shared
+    def __init__(self, reason, wait=0):
+        super().__init__(reason)
+        self.wait = wait
+
+
+_own = threading.local()  # a session a thread: connections stay open, and are not shared
+
 
 def _session():
-    if not hasattr(_own, "session"): _own.session = requests.Session(); _own.session.headers["Accept-Encoding"] = "identity"
+    if not hasattr(_own, "session"):
+        _own.session = requests.Session()
+        _own.session.headers["Accept-Encoding"] = "identity"
     return _own.session
 
 # %% ../nbs/01i_download.ipynb #ba55edfe
 def _plain(e):
     "What a `requests` error means, in a few words."
-    if isinstance(e, requests.exceptions.Timeout): return "the server does not answer"
-    if isinstance(e, requests.exceptions.ChunkedEncodingError): return "the connection broke off"
-    if isinstance(e, requests.exceptions.SSLError): return "the server's certificate is not accepted"
-    if isinstance(e, requests.exceptions.ProxyError): return "the proxy does not let it through"
-    return "no connection to the server" if isinstance(e, requests.exceptions.ConnectionError) else f"{type(e).__name__}"
+    if isinstance(e, requests.exceptions.Timeout):
+        return "the server does not answer"
+    if isinstance(e, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    if isinstance(e, requests.exceptions.SSLError):
+        return "the server's certificate is not accepted"
+    if isinstance(e, requests.exceptions.ProxyError):
+        return "the proxy does not let it through"
+    return (
+        "no connection to the server"
+        if isinstance(e, requests.exceptions.ConnectionError)
+        else f"{type(e).__name__}"
+    )
 
-def _tag(part): return part.with_name(part.name+".tag") # what the server calls the file that `part` is of
+
+def _tag(part):
+    return part.with_name(part.name + ".tag")  # what the server calls the file that `part` is of
+
 
 def _drop(part):
-    for p in (part, _tag(part)): p.unlink(missing_ok=True)
+    for p in (part, _tag(part)):
+        p.unlink(missing_ok=True)
+
 
 def _answer(r, have, part):
     "Go on with `part` (True) or begin again (False). Raises FetchError or _Again for what the server says."
-    if r.status_code in (408, 425, 429) or r.status_code >= 500: after = r.headers.get("Retry-After", ""); raise _Again(f"the server says {r.status_code} {r.reason}", float(after) if after.isdigit() else 0)
-    if r.status_code == 416: _drop(part); raise _Again("the part that was there does not fit")
-    if r.status_code not in (200, 206): raise FetchError(f"the server says {r.status_code} {r.reason}")
-    if r.status_code == 206 and not r.headers.get("Content-Range", "").startswith(f"bytes {have}-"): _drop(part); raise _Again("the server sent another part than was asked for")
+    if r.status_code in (408, 425, 429) or r.status_code >= 500:
+        after = r.headers.get("Retry-After", "")
+        raise _Again(
+            f"the server says {r.status_code} {r.reason}", float(after) if after.isdigit() else 0
+        )
+    if r.status_code == 416:
+        _drop(part)
+        raise _Again("the part that was there does not fit")
+    if r.status_code not in (200, 206):
+        raise FetchError(f"the server says {r.status_code} {r.reason}")
+    if r.status_code == 206 and not r.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        _drop(part)
+        raise _Again("the server sent another part than was asked for")
     return r.status_code == 206
 
 # %% ../nbs/01i_download.ipynb #f0f4ae21
 def _named(headers):
     "What a server calls this very content: its ETag if that is a strong one, else when it was modified, else nothing."
-    tag = headers.get("ETag", ""); return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
+    tag = headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
+
 
 def _get(url, part, timeout, stop):
     "Get the rest of a file; returns the bytes that came."
-    have, came = part.stat().st_size if part.is_file() else 0, 0; tag = _tag(part).read_text() if have and _tag(part).is_file() else ""
-    with _session().get(url, headers=({"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})) if have else {}, stream=True, timeout=timeout) as r:
+    have, came = part.stat().st_size if part.is_file() else 0, 0
+    tag = _tag(part).read_text() if have and _tag(part).is_file() else ""
+    with _session().get(
+        url,
+        headers=({"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})) if have else {},
+        stream=True,
+        timeout=timeout,
+    ) as r:
         more, now = _answer(r, have, part), _named(r.headers)
-        if more and now and now != tag: _drop(part); raise _Again("the part that was there is of another file")
+        if more and now and now != tag:
+            _drop(part)
+            raise _Again("the part that was there is of another file")
         with open(part, "ab" if more else "wb") as f:
-            if not more: _tag(part).write_text(now) if now else _tag(part).unlink(missing_ok=True)
+            if not more:
+                _tag(part).write_text(now) if now else _tag(part).unlink(missing_ok=True)
             for chunk in r.iter_content(1 << 13):
-                if stop.is_set(): raise FetchError("it was stopped")
-                f.write(chunk); came += len(chunk)
+                if stop.is_set():
+                    raise FetchError("it was stopped")
+                f.write(chunk)
+                came += len(chunk)
     return came
+
 
 def _attempt(url, part, check, timeout, stop):
     "Get the rest of a file and check it; returns the bytes that came."
-    try: came = _get(url, part, timeout, stop)
-    except ValueError: raise FetchError("its address, or the one that it leads to, cannot be used") from None
-    except requests.RequestException as e: raise _Again(_plain(e)) from None
-    try: check(part)
+    try:
+        came = _get(url, part, timeout, stop)
+    except ValueError:
+        raise FetchError("its address, or the one that it leads to, cannot be used") from None
+    except requests.RequestException as e:
+        raise _Again(_plain(e)) from None
+    try:
+        check(part)
     except (ValueError, OSError) as e:
-        if getattr(e, "errno", None) == errno.ENOSPC: raise
-        _drop(part); raise _Again(getattr(e, "reason", None) or str(e)) from None
+        if getattr(e, "errno", None) == errno.ENOSPC:
+            raise
+        _drop(part)
+        raise _Again(getattr(e, "reason", None) or str(e)) from None
     return came
 
 # %% ../nbs/01i_download.ipynb #9d4f972c
-def fetch(url,                    # http or https
-          path,                   # of the file
-          check=lambda part: None, # raises ValueError or OSError for a file that is not what it should be
-          retries=4,              # further attempts after one that failed
-          wait=1.,                # seconds before the second attempt, then about twice as long each time
-          timeout=30.,            # seconds without a byte
-          stop=None,              # `threading.Event` that ends it
-         ): # bytes that came
+def fetch(
+    url,  # http or https
+    path,  # of the file
+    check=lambda part: (
+        None
+    ),  # raises ValueError or OSError for a file that is not what it should be
+    retries=4,  # further attempts after one that failed
+    wait=1.0,  # seconds before the second attempt, then about twice as long each time
+    timeout=30.0,  # seconds without a byte
+    stop=None,  # `threading.Event` that ends it
+):  # bytes that came
     "A file, whole and checked, or none. Raises `FetchError`, or OSError if the disk is full."
-    path, stop = Path(path), stop or threading.Event(); part, back_off = path.with_name(path.name+".part"), wait_exponential(wait, max=60) + wait_random(0, wait/2)
-    def pause(state): return min(300, max(back_off(state), state.outcome.exception().wait))
+    path, stop = Path(path), stop or threading.Event()
+    part, back_off = (
+        path.with_name(path.name + ".part"),
+        wait_exponential(wait, max=60) + wait_random(0, wait / 2),
+    )
+
+    def pause(state):
+        return min(300, max(back_off(state), state.outcome.exception().wait))
+
     try:
-        if not re.match(r"https?://", url, re.I): raise FetchError("it is no http or https address")
-        path.parent.mkdir(parents=True, exist_ok=True); came = Retrying(stop=stop_after_attempt(retries+1), wait=pause, retry=retry_if_exception_type(_Again), sleep=stop.wait, reraise=True)(
-            _attempt, url, part, check, timeout, stop)
-    except (FetchError, _Again) as e: err = FetchError(f"{url} could not be fetched: {e}"); err.reason = str(e); raise err from None
-    os.replace(part, path); _tag(part).unlink(missing_ok=True); return came
+        if not re.match(r"https?://", url, re.I):
+            raise FetchError("it is no http or https address")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        came = Retrying(
+            stop=stop_after_attempt(retries + 1),
+            wait=pause,
+            retry=retry_if_exception_type(_Again),
+            sleep=stop.wait,
+            reraise=True,
+        )(_attempt, url, part, check, timeout, stop)
+    except (FetchError, _Again) as e:
+        err = FetchError(f"{url} could not be fetched: {e}")
+        err.reason = str(e)
+        raise err from None
+    os.replace(part, path)
+    _tag(part).unlink(missing_ok=True)
+    return came
 
 # %% ../nbs/01i_download.ipynb #3f5e4dc7
 ANNOTATIONS_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
-ANNOTATION_FILES = tuple(f"{kind}_{split}2017.json" for split in ("train", "val") for kind in ("instances", "captions", "person_keypoints"))
+ANNOTATION_FILES = tuple(
+    f"{kind}_{split}2017.json"
+    for split in ("train", "val")
+    for kind in ("instances", "captions", "person_keypoints")
+)
 
-def check_zip(path): # of an archive
+
+def check_zip(path):  # of an archive
     "Raise ValueError if it cannot be opened, or a file in it is damaged."
     try:
-        with zipfile.ZipFile(path) as z: bad = z.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as e: raise ValueError(f"is no whole zip archive ({e})") from None
-    if bad: raise ValueError(f"is a zip archive in which {bad} is damaged")
+        with zipfile.ZipFile(path) as z:
+            bad = z.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as e:
+        raise ValueError(f"is no whole zip archive ({e})") from None
+    if bad:
+        raise ValueError(f"is a zip archive in which {bad} is damaged")
 
-def unpack_annotations(archive, # path of the zip
-                       root,    # COCO root
-                      ): # names of the files that were taken out
+
+def unpack_annotations(
+    archive,  # path of the zip
+    root,  # COCO root
+):  # names of the files that were taken out
     "Take the annotation files out of COCO's archive; those that are there stay. Raises ValueError if it has none."
-    names, notes = [], Path(root)/"annotations"; notes.mkdir(parents=True, exist_ok=True)
+    names, notes = [], Path(root) / "annotations"
+    notes.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(archive) as z:
-        inside = {name: i for i in z.infolist() if not i.is_dir() and (name := re.split(r"[/\\\\]", i.filename)[-1]) in ANNOTATION_FILES}
-        if not inside: raise ValueError(f"{archive} has none of COCO's annotation files ({', '.join(ANNOTATION_FILES[:2])}, ...)")
+        inside = {
+            name: i
+            for i in z.infolist()
+            if not i.is_dir() and (name := re.split(r"[/\\\\]", i.filename)[-1]) in ANNOTATION_FILES
+        }
+        if not inside:
+            raise ValueError(
+                f"{archive} has none of COCO's annotation files ({', '.join(ANNOTATION_FILES[:2])}, ...)"
+            )
         for name, i in inside.items():
-            if (notes/name).is_file(): continue
-            with z.open(i) as f, open(notes/f"{name}.part", "wb") as g: shutil.copyfileobj(f, g, 1 << 20)
-            os.replace(notes/f"{name}.part", notes/name); names.append(name)
+            if (notes / name).is_file():
+                continue
+            with z.open(i) as f, open(notes / f"{name}.part", "wb") as g:
+                shutil.copyfileobj(f, g, 1 << 20)
+            os.replace(notes / f"{name}.part", notes / name)
+            names.append(name)
     return sorted(names)
 
 # %% ../nbs/01i_download.ipynb #fcc507cf
 @contextlib.contextmanager
-def download_lock(root): # COCO root, made if it is not there
+def download_lock(root):  # COCO root, made if it is not there
     "One download at a time fills a root. Raises OSError if another does, and says so if the disk is full."
-    root = Path(root); root.mkdir(parents=True, exist_ok=True); lock = FileLock(str((root/".download.lock").resolve()), timeout=0, is_singleton=True)
-    try: lock.acquire()
-    except Timeout: raise OSError(f"{root} is being filled by another download") from None
-    try: yield
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str((root / ".download.lock").resolve()), timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(f"{root} is being filled by another download") from None
+    try:
+        yield
     except OSError as e:
-        if e.errno == errno.ENOSPC: raise OSError(f"the disk that holds {root} is full; make room and run it again: what is there stays") from None
+        if e.errno == errno.ENOSPC:
+            raise OSError(
+                f"the disk that holds {root} is full; make room and run it again: what is there stays"
+            ) from None
         raise
-    finally: lock.release()
+    finally:
+        lock.release()
 
 # %% ../nbs/01i_download.ipynb #0f28176d
-def download_annotations(root,                # COCO root, made if it is not there
-                         splits=("train", "val"),
-                         url=ANNOTATIONS_URL, # of the zip
-                         **how):              # `retries`, `wait`, `timeout` of `fetch`
+def download_annotations(
+    root,  # COCO root, made if it is not there
+    splits=("train", "val"),
+    url=ANNOTATIONS_URL,  # of the zip
+    **how,
+):  # `retries`, `wait`, `timeout` of `fetch`
     "The annotation files of a COCO root; those that are there stay. Returns the names of the files that came. Raises `FetchError`, OSError or ValueError."
     root = Path(root)
     with download_lock(root):
-        lost = [f for s in splits for f in ANNOTATION_FILES[:2] + ANNOTATION_FILES[3:5] if f.endswith(f"_{s}2017.json") and not (root/"annotations"/f).is_file()]
-        if not lost: return []
-        archive = root/"annotations"/"annotations_trainval2017.zip"; fetch(url, archive, check_zip, **how)
-        names = unpack_annotations(archive, root); archive.unlink()
-    if still := [f for f in lost if not (root/"annotations"/f).is_file()]: raise ValueError(f"{url} has no {', '.join(still)}")
+        lost = [
+            f
+            for s in splits
+            for f in ANNOTATION_FILES[:2] + ANNOTATION_FILES[3:5]
+            if f.endswith(f"_{s}2017.json") and not (root / "annotations" / f).is_file()
+        ]
+        if not lost:
+            return []
+        archive = root / "annotations" / "annotations_trainval2017.zip"
+        fetch(url, archive, check_zip, **how)
+        names = unpack_annotations(archive, root)
+        archive.unlink()
+    if still := [f for f in lost if not (root / "annotations" / f).is_file()]:
+        raise ValueError(f"{url} has no {', '.join(still)}")
     return names
 
 # %% ../nbs/01i_download.ipynb #c22e64ef
 COCO_SERVER = "http://images.cocodataset.org"
 
-def picture_url(row,          # from `select_pictures`
-                split,        # "train" or "val"
-                mirror=None): # server (and folder) instead of COCO's
+
+def picture_url(
+    row,  # from `select_pictures`
+    split,  # "train" or "val"
+    mirror=None,
+):  # server (and folder) instead of COCO's
     "Where a picture lies."
     url = row.get("url") or f"{COCO_SERVER}/{split}2017/{quote(row['file_name'])}"
-    if mirror is None: return url
-    try: return mirror.rstrip("/") + (urlsplit(url).path or f"/{split}2017/{quote(row['file_name'])}")
-    except ValueError: return url   # no address: `fetch` says so
+    if mirror is None:
+        return url
+    try:
+        return mirror.rstrip("/") + (
+            urlsplit(url).path or f"/{split}2017/{quote(row['file_name'])}"
+        )
+    except ValueError:
+        return url  # no address: `fetch` says so
+
 
 def _one(row, folder, url, stop, how):
     "Bytes that came for one picture; 0 if it was there."
-    path, size = folder/row["file_name"], (row["width"], row["height"])
-    if stop.is_set(): raise FetchError("it was stopped")
-    try: check_picture(path, size, full=True); return 0
-    except PictureError: pass
+    path, size = folder / row["file_name"], (row["width"], row["height"])
+    if stop.is_set():
+        raise FetchError("it was stopped")
+    try:
+        check_picture(path, size, full=True)
+        return 0
+    except PictureError:
+        pass
     return fetch(url, path, lambda part: check_picture(part, size, full=True), stop=stop, **how)
 
 # %% ../nbs/01i_download.ipynb #0f98e5ad
@@ -182,42 +324,95 @@ def _gather(rows, folder, urls, workers, give_up, how):
     "(bytes of each picture that is there now, {number: what is wrong}), from threads. Raises OSError if the disk is full."
     stop, done, failed, streak = threading.Event(), {}, {}, 0
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(_one, r, folder, u, stop, how): k for k, (r, u) in enumerate(zip(rows, urls))}
+        jobs = {
+            pool.submit(_one, r, folder, u, stop, how): k
+            for k, (r, u) in enumerate(zip(rows, urls))
+        }
         try:
             finished = as_completed(jobs)
             for _ in progress(range(len(jobs)), f"pictures {folder.name}"):
                 job = next(finished)
-                try: done[jobs[job]] = job.result(); streak = 0
-                except FetchError as e: failed[jobs[job]] = e.reason or str(e); streak += not stop.is_set()
-                if streak >= give_up: stop.set(); pool.shutdown(wait=False, cancel_futures=True); break
-        except BaseException: stop.set(); pool.shutdown(wait=False, cancel_futures=True); raise
-    for job, k in jobs.items(): failed.setdefault(k, "was not tried") if k not in done else None
+                try:
+                    done[jobs[job]] = job.result()
+                    streak = 0
+                except FetchError as e:
+                    failed[jobs[job]] = e.reason or str(e)
+                    streak += not stop.is_set()
+                if streak >= give_up:
+                    stop.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for job, k in jobs.items():
+        failed.setdefault(k, "was not tried") if k not in done else None
     return done, failed
 
 # %% ../nbs/01i_download.ipynb #02c63c8b
-def download_pictures(root,          # COCO root with annotations/
-                      split="train", # "train" or "val"
-                      rule=Rule(),   # which pictures are kept; min_faces is left to the manifest
-                      workers=8,     # pictures at a time
-                      mirror=None,   # server (and folder) instead of COCO's
-                      give_up=20,    # failures in a row that end it
-                      limit=None,    # at most so many pictures, the first by id
-                      **how):        # `retries`, `wait`, `timeout` of `fetch`
+def download_pictures(
+    root,  # COCO root with annotations/
+    split="train",  # "train" or "val"
+    rule=Rule(),  # which pictures are kept; min_faces is left to the manifest
+    workers=8,  # pictures at a time
+    mirror=None,  # server (and folder) instead of COCO's
+    give_up=20,  # failures in a row that end it
+    limit=None,  # at most so many pictures, the first by id
+    **how,
+):  # `retries`, `wait`, `timeout` of `fetch`
     "Fetch the pictures that a rule keeps; returns a report, also written to download-SPLIT.json. Raises OSError or ValueError."
-    root = Path(root); rows, about = select_pictures(root, split, rule); rows = rows[:limit]; folder = root/f"{split}2017"; urls = [picture_url(r, split, mirror) for r in rows]
-    with download_lock(root): done, failed = _gather(rows, folder, urls, workers, give_up, how)
-    bad = [dict(file_name=rows[k]["file_name"], url=urls[k], wrong=w) for k, w in sorted(failed.items())]; came = sum(map(bool, done.values()))
-    report = dict(split=split, folder=str(folder), of=about["pictures"], wanted=len(rows), fetched=came, there=len(done)-came, bytes=sum(done.values()), failed=bad)
-    (root/f"download-{split}.json").write_text(json.dumps(report, indent=1)); return report
+    root = Path(root)
+    rows, about = select_pictures(root, split, rule)
+    rows = rows[:limit]
+    folder = root / f"{split}2017"
+    urls = [picture_url(r, split, mirror) for r in rows]
+    with download_lock(root):
+        done, failed = _gather(rows, folder, urls, workers, give_up, how)
+    bad = [
+        dict(file_name=rows[k]["file_name"], url=urls[k], wrong=w)
+        for k, w in sorted(failed.items())
+    ]
+    came = sum(map(bool, done.values()))
+    report = dict(
+        split=split,
+        folder=str(folder),
+        of=about["pictures"],
+        wanted=len(rows),
+        fetched=came,
+        there=len(done) - came,
+        bytes=sum(done.values()),
+        failed=bad,
+    )
+    (root / f"download-{split}.json").write_text(json.dumps(report, indent=1))
+    return report
 
 # %% ../nbs/01i_download.ipynb #92a736aa
-def tell_download(report,  # from `download_pictures`
-                  most=20, # failures that are listed
-                 ): # text
+def tell_download(
+    report,  # from `download_pictures`
+    most=20,  # failures that are listed
+):  # text
     "A download in a few lines: counts, then what failed, by reason and by name."
-    r, bad = report, [f for f in report["failed"] if f["wrong"] not in ("was not tried", "it was stopped")]; left = len(r["failed"]) - len(bad)
-    counts = f"{r['fetched']:,} came ({r['bytes']/1e6:.1f} MB), {r['there']:,} were there, {len(bad):,} failed" + (f", {left:,} were not tried since too many failed in a row" if left else "")
+    r, bad = (
+        report,
+        [f for f in report["failed"] if f["wrong"] not in ("was not tried", "it was stopped")],
+    )
+    left = len(r["failed"]) - len(bad)
+    counts = (
+        f"{r['fetched']:,} came ({r['bytes'] / 1e6:.1f} MB), {r['there']:,} were there, {len(bad):,} failed"
+        + (f", {left:,} were not tried since too many failed in a row" if left else "")
+    )
     lines = [f"{r['split']}: {r['wanted']:,} of {r['of']:,} pictures are wanted; {counts}"]
-    lines += [f"  {f['file_name']}: {f['wrong']}" for f in bad[:most]] + ([f"  and {len(bad)-most:,} more, listed in download-{r['split']}.json"] if len(bad) > most else [])
-    if len(bad) > most: lines += [f"  {n:,} times: {why}" for why, n in Counter(f["wrong"] for f in bad).most_common()]
-    return "\n".join(lines + (["  run it again to try what is missing; what is there stays"] if r["failed"] else []))
+    lines += [f"  {f['file_name']}: {f['wrong']}" for f in bad[:most]] + (
+        [f"  and {len(bad) - most:,} more, listed in download-{r['split']}.json"]
+        if len(bad) > most
+        else []
+    )
+    if len(bad) > most:
+        lines += [
+            f"  {n:,} times: {why}" for why, n in Counter(f["wrong"] for f in bad).most_common()
+        ]
+    return "\n".join(
+        lines
+        + (["  run it again to try what is missing; what is there stays"] if r["failed"] else [])
+    )

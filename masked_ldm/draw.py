@@ -9,201 +9,344 @@ __all__ = ['COLORS', 'SKINS', 'HAIRS', 'EYES', 'PARTS', 'KINDS', 'HAIR_STYLES', 
 # %% ../nbs/09_draw.ipynb #93c25b72
 import math
 from dataclasses import dataclass
+
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
 
 # %% ../nbs/09_draw.ipynb #4ecac96f
-COLORS = dict(red=(205,52,54), orange=(236,131,42), yellow=(245,204,64), green=(72,152,84), blue=(52,104,196), purple=(134,82,170),
-              pink=(238,142,170), white=(242,240,234), black=(46,44,52), grey=(140,144,150))
-SKINS = dict(pale=(250,218,196), fair=(238,190,154), tan=(206,150,106), brown=(150,98,64), dark=(98,62,44))
-HAIRS = dict(black=(40,34,38), brown=(104,66,40), blond=(230,190,98), red=(188,82,38), grey=(168,168,172), white=(232,230,226))
-EYES = dict(brown=(104,58,26), blue=(38,112,222), green=(36,150,72))
+COLORS = dict(
+    red=(205, 52, 54),
+    orange=(236, 131, 42),
+    yellow=(245, 204, 64),
+    green=(72, 152, 84),
+    blue=(52, 104, 196),
+    purple=(134, 82, 170),
+    pink=(238, 142, 170),
+    white=(242, 240, 234),
+    black=(46, 44, 52),
+    grey=(140, 144, 150),
+)
+SKINS = dict(
+    pale=(250, 218, 196),
+    fair=(238, 190, 154),
+    tan=(206, 150, 106),
+    brown=(150, 98, 64),
+    dark=(98, 62, 44),
+)
+HAIRS = dict(
+    black=(40, 34, 38),
+    brown=(104, 66, 40),
+    blond=(230, 190, 98),
+    red=(188, 82, 38),
+    grey=(168, 168, 172),
+    white=(232, 230, 226),
+)
+EYES = dict(brown=(104, 58, 26), blue=(38, 112, 222), green=(36, 150, 72))
 
-def shade(c, # colour, three of 0-255
-          f, # above 1 mixes towards white by `f`-1, below 1 towards a warm black by 1-`f`
-         ): # the lighter or darker colour
+
+def shade(
+    c,  # colour, three of 0-255
+    f,  # above 1 mixes towards white by `f`-1, below 1 towards a warm black by 1-`f`
+):  # the lighter or darker colour
     "A lighter (`f` > 1) or darker (`f` < 1) version of a colour."
-    to, t = ((255, 255, 255), f-1) if f > 1 else ((30, 14, 40), 1-f)
-    return tuple(round(a + (b-a)*t) for a, b in zip(c, to))
+    to, t = ((255, 255, 255), f - 1) if f > 1 else ((30, 14, 40), 1 - f)
+    return tuple(round(a + (b - a) * t) for a, b in zip(c, to))
 
 # %% ../nbs/09_draw.ipynb #e08821ae
 PARTS = ("other", "body", "clothes", "hair", "face", "hand", "hat")
 
+
 class Canvas:
     "Colours and labels painted together at `ss` times the size; positions are fractions of the side."
-    def __init__(self, size,  # side of the finished picture, pixels
-                 ss=4):       # supersampling factor
-        self.size, self.S, self.ss, self.label = size, size*ss, ss, 0
-        self.image, self.labels = Image.new("RGB", (self.S,)*2), Image.new("L", (self.S,)*2)
+
+    def __init__(
+        self,
+        size,  # side of the finished picture, pixels
+        ss=4,
+    ):  # supersampling factor
+        self.size, self.S, self.ss, self.label = size, size * ss, ss, 0
+        self.image, self.labels = Image.new("RGB", (self.S,) * 2), Image.new("L", (self.S,) * 2)
         self._rgb, self._lab = ImageDraw.Draw(self.image), ImageDraw.Draw(self.labels)
 
-    def person(self, k,        # which person, 1 or more; 0 for the scenery
-               part="body"):   # one of `PARTS`
+    def person(
+        self,
+        k,  # which person, 1 or more; 0 for the scenery
+        part="body",
+    ):  # one of `PARTS`
         "Say whose part is painted from here on."
-        self.label = 8*k + PARTS.index(part) if k else 0
+        self.label = 8 * k + PARTS.index(part) if k else 0
 
-    def part(self, name): # one of `PARTS`
+    def part(self, name):  # one of `PARTS`
         "Another part of the same person."
-        self.label = self.label//8*8 + (PARTS.index(name) if self.label >= 8 else 0)
+        self.label = self.label // 8 * 8 + (PARTS.index(name) if self.label >= 8 else 0)
 
-    def poly(self, pts,   # [(x, y), ...] in fractions of the side
-             fill):       # colour
+    def poly(
+        self,
+        pts,  # [(x, y), ...] in fractions of the side
+        fill,
+    ):  # colour
         "A filled polygon."
-        xy = [(x*self.S, y*self.S) for x, y in pts]
-        self._rgb.polygon(xy, fill); self._lab.polygon(xy, self.label)
+        xy = [(x * self.S, y * self.S) for x, y in pts]
+        self._rgb.polygon(xy, fill)
+        self._lab.polygon(xy, self.label)
 
-    def disc(self, x, y, r, fill, # centre, radius (horizontal), colour
-             ry=None):            # vertical radius, `r` if None
+    def disc(
+        self,
+        x,
+        y,
+        r,
+        fill,  # centre, radius (horizontal), colour
+        ry=None,
+    ):  # vertical radius, `r` if None
         "A filled axis-aligned ellipse."
         S, ry = self.S, r if ry is None else ry
-        box = ((x-r)*S, (y-ry)*S, (x+r)*S, (y+ry)*S)
-        self._rgb.ellipse(box, fill); self._lab.ellipse(box, self.label)
+        box = ((x - r) * S, (y - ry) * S, (x + r) * S, (y + ry) * S)
+        self._rgb.ellipse(box, fill)
+        self._lab.ellipse(box, self.label)
 
 # %% ../nbs/09_draw.ipynb #36d44136
 def _spline(pts, closed, n=6):
     "Catmull-Rom curve through `pts`, `n` points a segment."
     P = np.asarray(pts, float)
-    P = P[np.arange(-1, len(P)+2) % len(P)] if closed else P[np.clip(np.arange(-1, len(P)+1), 0, len(P)-1)]
-    t = (np.arange(n)/n)[:, None]
-    B = .5*np.hstack([-t+2*t*t-t**3, 2-5*t*t+3*t**3, t+4*t*t-3*t**3, t**3-t*t])
-    k = np.arange(len(P)-3)
-    out = np.einsum('nj,kjd->knd', B, P[k[:, None]+np.arange(4)]).reshape(-1, 2)
+    P = (
+        P[np.arange(-1, len(P) + 2) % len(P)]
+        if closed
+        else P[np.clip(np.arange(-1, len(P) + 1), 0, len(P) - 1)]
+    )
+    t = (np.arange(n) / n)[:, None]
+    B = 0.5 * np.hstack(
+        [-t + 2 * t * t - t**3, 2 - 5 * t * t + 3 * t**3, t + 4 * t * t - 3 * t**3, t**3 - t * t]
+    )
+    k = np.arange(len(P) - 3)
+    out = np.einsum("nj,kjd->knd", B, P[k[:, None] + np.arange(4)]).reshape(-1, 2)
     return out.tolist() if closed else out.tolist() + [tuple(pts[-1])]
 
+
 @patch
-def limb(self:Canvas, p, q, # end points
-         r0, r1,            # radii at `p` and at `q`
-         fill):             # colour; a darker rim on the side away from the light makes it round
+def limb(
+    self: Canvas,
+    p,
+    q,  # end points
+    r0,
+    r1,  # radii at `p` and at `q`
+    fill,
+):  # colour; a darker rim on the side away from the light makes it round
     "A tapered capsule from `p` to `q`, lit from the upper left."
-    for f, k, o in ((.78, 1, 0), (1, .8, -.2)):
-        a, b = ((p[0]+o*r0*.9, p[1]+o*r0*.5), (q[0]+o*r1*.9, q[1]+o*r1*.5))
-        dx, dy = b[0]-a[0], b[1]-a[1]; L = math.hypot(dx, dy) or 1e-6; nx, ny = -dy/L, dx/L
-        s0, s1, c = r0*k, r1*k, shade(fill, f)
-        self.poly([(a[0]+nx*s0, a[1]+ny*s0), (b[0]+nx*s1, b[1]+ny*s1), (b[0]-nx*s1, b[1]-ny*s1), (a[0]-nx*s0, a[1]-ny*s0)], c)
-        self.disc(*a, s0, c); self.disc(*b, s1, c)
+    for f, k, o in ((0.78, 1, 0), (1, 0.8, -0.2)):
+        a, b = (
+            (p[0] + o * r0 * 0.9, p[1] + o * r0 * 0.5),
+            (q[0] + o * r1 * 0.9, q[1] + o * r1 * 0.5),
+        )
+        dx, dy = b[0] - a[0], b[1] - a[1]
+        L = math.hypot(dx, dy) or 1e-6
+        nx, ny = -dy / L, dx / L
+        s0, s1, c = r0 * k, r1 * k, shade(fill, f)
+        self.poly(
+            [
+                (a[0] + nx * s0, a[1] + ny * s0),
+                (b[0] + nx * s1, b[1] + ny * s1),
+                (b[0] - nx * s1, b[1] - ny * s1),
+                (a[0] - nx * s0, a[1] - ny * s0),
+            ],
+            c,
+        )
+        self.disc(*a, s0, c)
+        self.disc(*b, s1, c)
 
 # %% ../nbs/09_draw.ipynb #de93a79e
 @patch
-def blob(self:Canvas, pts, # points the outline passes through
-         fill):            # colour
+def blob(
+    self: Canvas,
+    pts,  # points the outline passes through
+    fill,
+):  # colour
     "A smooth closed shape."
     self.poly(_spline(pts, True), fill)
 
+
 @patch
-def stroke(self:Canvas, pts, # points the line passes through
-           width,            # fraction of the side
-           fill,             # colour
-           smooth=True):     # a curve or straight pieces
+def stroke(
+    self: Canvas,
+    pts,  # points the line passes through
+    width,  # fraction of the side
+    fill,  # colour
+    smooth=True,
+):  # a curve or straight pieces
     "A line with round ends."
-    pts, S, w = (_spline(pts, False) if smooth else pts), self.S, max(1, round(width*self.S))
-    xy = [(x*S, y*S) for x, y in pts]
-    for d, c in ((self._rgb, fill), (self._lab, self.label)): d.line(xy, c, w, joint="curve")
-    for x, y in (pts[0], pts[-1]): self.disc(x, y, w/2/S, fill)
+    pts, S, w = (_spline(pts, False) if smooth else pts), self.S, max(1, round(width * self.S))
+    xy = [(x * S, y * S) for x, y in pts]
+    for d, c in ((self._rgb, fill), (self._lab, self.label)):
+        d.line(xy, c, w, joint="curve")
+    for x, y in (pts[0], pts[-1]):
+        self.disc(x, y, w / 2 / S, fill)
 
 # %% ../nbs/09_draw.ipynb #28153fac
 KINDS = dict(  # heads tall, shoulder half-width, hip half-width, limb radius; in heads
-    man=(3.05, .43, .23, .105), woman=(2.95, .36, .24, .09), boy=(2.6, .33, .2, .09), girl=(2.6, .31, .2, .085),
-    oldman=(2.95, .4, .23, .1), oldwoman=(2.85, .35, .25, .095), baby=(2.1, .3, .22, .1))
+    man=(3.05, 0.43, 0.23, 0.105),
+    woman=(2.95, 0.36, 0.24, 0.09),
+    boy=(2.6, 0.33, 0.2, 0.09),
+    girl=(2.6, 0.31, 0.2, 0.085),
+    oldman=(2.95, 0.4, 0.23, 0.1),
+    oldwoman=(2.85, 0.35, 0.25, 0.095),
+    baby=(2.1, 0.3, 0.22, 0.1),
+)
 HAIR_STYLES = ("short", "spiky", "curly", "long", "bob", "ponytail", "bun", "bald")
 MOODS = ("smiling", "laughing", "calm", "sad", "angry", "surprised")
 HATS = ("cap", "beanie", "sunhat")
 
+
 @dataclass(frozen=True)
 class Look:
     "What makes somebody recognisable; the numbers are offsets in [-1,1]."
-    kind: str = "woman"        # a key of `KINDS`
-    skin: str = "fair"         # a key of `SKINS`
-    eyes: str = "brown"        # a key of `EYES`
-    hair: str = "long"         # one of `HAIR_STYLES`
+
+    kind: str = "woman"  # a key of `KINDS`
+    skin: str = "fair"  # a key of `SKINS`
+    eyes: str = "brown"  # a key of `EYES`
+    hair: str = "long"  # one of `HAIR_STYLES`
     hair_color: str = "brown"  # a key of `HAIRS`
     beard: bool = False
     glasses: bool = False
     freckles: bool = False
-    jaw: float = 0.            # narrow to square
-    eye_gap: float = 0.        # near to far
-    eye_size: float = 0.       # small to large
-    brow: float = 0.           # thin to thick
-    nose: float = 0.           # short to long
-    lips: float = 0.           # narrow to wide
+    jaw: float = 0.0  # narrow to square
+    eye_gap: float = 0.0  # near to far
+    eye_size: float = 0.0  # small to large
+    brow: float = 0.0  # thin to thick
+    nose: float = 0.0  # short to long
+    lips: float = 0.0  # narrow to wide
 
 # %% ../nbs/09_draw.ipynb #5aa7ac38
 @dataclass(frozen=True)
 class Person:
     "One person in one picture; lengths are fractions of the picture's side."
+
     look: Look = Look()
-    mood: str = "smiling"      # one of `MOODS`
-    action: str = "standing"   # a key of `POSES`
-    top: str = "shirt"         # one of `TOPS`
-    top_color: str = "blue"    # a key of `COLORS`
-    bottom: str = "trousers"   # one of `BOTTOMS`
+    mood: str = "smiling"  # one of `MOODS`
+    action: str = "standing"  # a key of `POSES`
+    top: str = "shirt"  # one of `TOPS`
+    top_color: str = "blue"  # a key of `COLORS`
+    bottom: str = "trousers"  # one of `BOTTOMS`
     bottom_color: str = "black"
-    hat: str = ""              # one of `HATS`, or none
+    hat: str = ""  # one of `HATS`, or none
     hat_color: str = "red"
-    prop: str = ""             # one of `PROPS`, or none
+    prop: str = ""  # one of `PROPS`, or none
     prop_color: str = "red"
-    x: float = .5              # horizontal position of the hips
-    ground: float = .96        # height of the soles
-    head: float = .28          # height of the head
-    yaw: float = 0.            # head turned, [-1,1]
-    tilt: float = 0.           # head tilted, radians
-    mirror: bool = False       # left and right exchanged in the pose
-    jitter: tuple = (0.,)*9    # added to the pose's angles, degrees
-TOPS, BOTTOMS, PROPS = ("shirt", "striped shirt", "jacket", "dress"), ("trousers", "shorts", "skirt"), ("ball", "balloon", "umbrella", "flag", "flowers")
+    x: float = 0.5  # horizontal position of the hips
+    ground: float = 0.96  # height of the soles
+    head: float = 0.28  # height of the head
+    yaw: float = 0.0  # head turned, [-1,1]
+    tilt: float = 0.0  # head tilted, radians
+    mirror: bool = False  # left and right exchanged in the pose
+    jitter: tuple = (0.0,) * 9  # added to the pose's angles, degrees
+
+
+TOPS, BOTTOMS, PROPS = (
+    ("shirt", "striped shirt", "jacket", "dress"),
+    ("trousers", "shorts", "skirt"),
+    ("ball", "balloon", "umbrella", "flag", "flowers"),
+)
 
 # %% ../nbs/09_draw.ipynb #bc8a73b3
 POSES = {  # lean; right upper arm, forearm; left ...; right thigh, shin; left ...  (degrees outwards from straight down)
-    "standing": (0, 12, 4, 12, 4, 6, 2, 6, 2), "waving": (0, 12, 4, 118, 172, 6, 2, 6, 2),
-    "walking": (3, 32, 10, 22, 44, 24, 4, 16, 34), "running": (9, 52, -38, -24, 74, 46, -14, 22, 68),
-    "jumping": (0, 138, 158, 138, 158, 42, -22, 42, -22), "dancing": (-6, 98, 52, 72, 150, 8, -6, 40, 4),
-    "sitting": (0, 22, -26, 22, -26, 62, 6, 62, 6), "cheering": (0, 150, 164, 150, 164, 12, 6, 12, 6),
-    "posing": (0, 48, -44, 48, -44, 10, 4, 10, 4), "kicking": (-9, 44, 70, 58, 30, 4, 0, 62, 50),
-    "holding": (0, 12, 4, 44, 116, 6, 2, 6, 2)}
-JOINTS = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist "
-          "left_hip right_hip left_knee right_knee left_ankle right_ankle").split()
+    "standing": (0, 12, 4, 12, 4, 6, 2, 6, 2),
+    "waving": (0, 12, 4, 118, 172, 6, 2, 6, 2),
+    "walking": (3, 32, 10, 22, 44, 24, 4, 16, 34),
+    "running": (9, 52, -38, -24, 74, 46, -14, 22, 68),
+    "jumping": (0, 138, 158, 138, 158, 42, -22, 42, -22),
+    "dancing": (-6, 98, 52, 72, 150, 8, -6, 40, 4),
+    "sitting": (0, 22, -26, 22, -26, 62, 6, 62, 6),
+    "cheering": (0, 150, 164, 150, 164, 12, 6, 12, 6),
+    "posing": (0, 48, -44, 48, -44, 10, 4, 10, 4),
+    "kicking": (-9, 44, 70, 58, 30, 4, 0, 62, 50),
+    "holding": (0, 12, 4, 44, 116, 6, 2, 6, 2),
+}
+JOINTS = [
+    "nose",
+    "left_eye",
+    "right_eye",
+    "left_ear",
+    "right_ear",
+    "left_shoulder",
+    "right_shoulder",
+    "left_elbow",
+    "right_elbow",
+    "left_wrist",
+    "right_wrist",
+    "left_hip",
+    "right_hip",
+    "left_knee",
+    "right_knee",
+    "left_ankle",
+    "right_ankle",
+]
 
-def _polar(p, deg, r): return (p[0] + r*math.sin(math.radians(deg)), p[1] + r*math.cos(math.radians(deg)))
+
+def _polar(p, deg, r):
+    return (p[0] + r * math.sin(math.radians(deg)), p[1] + r * math.cos(math.radians(deg)))
+
 
 def _trunk(p):
     "Hips, neck and head centre, such that the lower foot stands on the ground."
     h, (tall, _, _, _) = p.head, KINDS[p.look.kind]
-    a = [b+j for b, j in zip(POSES[p.action], p.jitter)]
-    leg, trunk = (tall-1.12)*.53*h, (tall-1.12)*.47*h
-    drop = max(.52*leg*math.cos(math.radians(a[i])) + .48*leg*math.cos(math.radians(a[i+1])) for i in (5, 7)) + .07*h
-    hips = (p.x, p.ground - drop - (.25*h if p.action == "jumping" else 0))
+    a = [b + j for b, j in zip(POSES[p.action], p.jitter)]
+    leg, trunk = (tall - 1.12) * 0.53 * h, (tall - 1.12) * 0.47 * h
+    drop = (
+        max(
+            0.52 * leg * math.cos(math.radians(a[i]))
+            + 0.48 * leg * math.cos(math.radians(a[i + 1]))
+            for i in (5, 7)
+        )
+        + 0.07 * h
+    )
+    hips = (p.x, p.ground - drop - (0.25 * h if p.action == "jumping" else 0))
     lean = -a[0] if p.mirror else a[0]
-    neck = _polar(hips, 180-lean, trunk)
-    return a, leg, lean, hips, neck, _polar(neck, 180-lean*.6-math.degrees(p.tilt)*.5, .52*h)
+    neck = _polar(hips, 180 - lean, trunk)
+    return (
+        a,
+        leg,
+        lean,
+        hips,
+        neck,
+        _polar(neck, 180 - lean * 0.6 - math.degrees(p.tilt) * 0.5, 0.52 * h),
+    )
 
 # %% ../nbs/09_draw.ipynb #2d96a15d
-def skeleton(p, # a `Person`
-            ): # {joint: (x, y)} of COCO's 17 joints (fractions of the side), plus "neck", "head" and "hips"
+def skeleton(
+    p,  # a `Person`
+):  # {joint: (x, y)} of COCO's 17 joints (fractions of the side), plus "neck", "head" and "hips"
     "Forward kinematics: where the joints are. A person facing us has the right hand on our left."
     h, (_, sw, hw, _) = p.head, KINDS[p.look.kind]
     a, leg, lean, hips, neck, head = _trunk(p)
     J = dict(neck=neck, head=head, hips=hips)
-    sides = dict(right=(-1, 1, 5), left=(1, 3, 7)) if not p.mirror else dict(right=(-1, 3, 7), left=(1, 1, 5))
-    arm = .5*h if p.look.kind != "baby" else .36*h
+    sides = (
+        dict(right=(-1, 1, 5), left=(1, 3, 7))
+        if not p.mirror
+        else dict(right=(-1, 3, 7), left=(1, 1, 5))
+    )
+    arm = 0.5 * h if p.look.kind != "baby" else 0.36 * h
     for side, (s, i, k) in sides.items():
         c, n = math.cos(math.radians(lean)), math.sin(math.radians(lean))
-        J[side+"_shoulder"] = sh = (neck[0] + s*sw*h*c, neck[1] + .13*h + s*sw*h*n)
-        J[side+"_elbow"] = el = _polar(sh, s*a[i], arm)
-        J[side+"_wrist"] = _polar(el, s*a[i+1], arm*.92)
-        J[side+"_hip"] = hp = (hips[0] + s*hw*.8*h, hips[1])
-        J[side+"_knee"] = kn = _polar(hp, s*a[k], .52*leg)
-        J[side+"_ankle"] = _polar(kn, s*a[k+1], .48*leg)
+        J[side + "_shoulder"] = sh = (neck[0] + s * sw * h * c, neck[1] + 0.13 * h + s * sw * h * n)
+        J[side + "_elbow"] = el = _polar(sh, s * a[i], arm)
+        J[side + "_wrist"] = _polar(el, s * a[i + 1], arm * 0.92)
+        J[side + "_hip"] = hp = (hips[0] + s * hw * 0.8 * h, hips[1])
+        J[side + "_knee"] = kn = _polar(hp, s * a[k], 0.52 * leg)
+        J[side + "_ankle"] = _polar(kn, s * a[k + 1], 0.48 * leg)
     F = face_frame(p, head)
-    g = .2 + .025*p.look.eye_gap
-    for name, (u, v) in dict(nose=(.0, .12), left_eye=(g, .0), right_eye=(-g, .0)).items(): J[name] = F(u+.11*p.yaw, v)
-    J["left_ear"], J["right_ear"] = F(.43+.03*p.yaw, .05), F(-.43+.03*p.yaw, .05)
+    g = 0.2 + 0.025 * p.look.eye_gap
+    for name, (u, v) in dict(nose=(0.0, 0.12), left_eye=(g, 0.0), right_eye=(-g, 0.0)).items():
+        J[name] = F(u + 0.11 * p.yaw, v)
+    J["left_ear"], J["right_ear"] = F(0.43 + 0.03 * p.yaw, 0.05), F(-0.43 + 0.03 * p.yaw, 0.05)
     return J
 
-def face_frame(p,    # a `Person`
-               head, # centre of the head
-              ): # maps (u, v) in head heights, tilted with the head, to a position in the picture
+
+def face_frame(
+    p,  # a `Person`
+    head,  # centre of the head
+):  # maps (u, v) in head heights, tilted with the head, to a position in the picture
     "The head's own coordinates."
     co, si, h = math.cos(p.tilt), math.sin(p.tilt), p.head
-    return lambda u, v: (head[0] + h*(u*co - v*si), head[1] + h*(u*si + v*co))
+    return lambda u, v: (head[0] + h * (u * co - v * si), head[1] + h * (u * si + v * co))
 
 # %% ../nbs/09_draw.ipynb #403f357c
 def _leg(c, p, J, side, r):
@@ -211,14 +354,24 @@ def _leg(c, p, J, side, r):
     hip, knee, ankle = (J[f"{side}_{k}"] for k in ("hip", "knee", "ankle"))
     skin, cloth, h = SKINS[p.look.skin], COLORS[p.bottom_color], p.head
     bare = p.bottom == "skirt" or p.top == "dress"
-    c.part("body"); c.limb(hip, knee, r*1.25, r, skin); c.limb(knee, ankle, r, r*.75, skin)
+    c.part("body")
+    c.limb(hip, knee, r * 1.25, r, skin)
+    c.limb(knee, ankle, r, r * 0.75, skin)
     c.part("clothes")
     if not bare:
-        if p.bottom == "shorts": knee = tuple(a+.75*(b-a) for a, b in zip(hip, knee))
-        c.limb(hip, knee, r*1.4, r*1.22, cloth)
-        if p.bottom == "trousers": c.limb(knee, ankle, r*1.2, r*1.05, cloth)
+        if p.bottom == "shorts":
+            knee = tuple(a + 0.75 * (b - a) for a, b in zip(hip, knee))
+        c.limb(hip, knee, r * 1.4, r * 1.22, cloth)
+        if p.bottom == "trousers":
+            c.limb(knee, ankle, r * 1.2, r * 1.05, cloth)
     s = -1 if side == "right" else 1
-    c.limb(ankle, (ankle[0]+s*.09*h, ankle[1]+.035*h), .085*h, .07*h, shade(COLORS[p.bottom_color], .55) if p.bottom_color != "black" else (90, 60, 50))
+    c.limb(
+        ankle,
+        (ankle[0] + s * 0.09 * h, ankle[1] + 0.035 * h),
+        0.085 * h,
+        0.07 * h,
+        shade(COLORS[p.bottom_color], 0.55) if p.bottom_color != "black" else (90, 60, 50),
+    )
 
 # %% ../nbs/09_draw.ipynb #e40c8661
 def _torso(c, p, J, r):
@@ -226,187 +379,551 @@ def _torso(c, p, J, r):
     h, N, H = p.head, J["neck"], J["hips"]
     _, sw, hw, _ = KINDS[p.look.kind]
     top = COLORS[p.top_color]
-    c.part("body"); c.limb((N[0], N[1]+.08*h), J["head"], .13*h, .12*h, shade(SKINS[p.look.skin], .86))
-    at = lambda u, v: (N[0]+(H[0]-N[0])*v + u*h, N[1]+.04*h+(H[1]-N[1]-.04*h)*v)  # u across, v down the trunk
-    waist = .75 if p.look.kind in ("woman", "girl", "oldwoman") else .95
-    side = lambda s: [at(s*sw*.98, .06), at(s*sw*1.0, .28), at(s*hw*1.25*waist, .65), at(s*hw*1.3, 1.08)]
-    outline = [at(-.13, .0)] + side(-1) + side(1)[::-1] + [at(.13, .0)]
+    c.part("body")
+    c.limb((N[0], N[1] + 0.08 * h), J["head"], 0.13 * h, 0.12 * h, shade(SKINS[p.look.skin], 0.86))
+
+    def at(u, v):
+        return (
+            N[0] + (H[0] - N[0]) * v + u * h,
+            N[1] + 0.04 * h + (H[1] - N[1] - 0.04 * h) * v,
+        )  # u across, v down the trunk
+
+    waist = 0.75 if p.look.kind in ("woman", "girl", "oldwoman") else 0.95
+
+    def side(s):
+        return [
+            at(s * sw * 0.98, 0.06),
+            at(s * sw * 1.0, 0.28),
+            at(s * hw * 1.25 * waist, 0.65),
+            at(s * hw * 1.3, 1.08),
+        ]
+
+    outline = [at(-0.13, 0.0)] + side(-1) + side(1)[::-1] + [at(0.13, 0.0)]
     c.part("clothes")
-    c.blob([(x+.02*h, y) for x, y in outline], shade(top, .78)); c.blob(outline, top)
-    if p.top == "dress": c.blob([at(-hw, .6), at(-hw*2.3, 1.75), at(0, 1.85), at(hw*2.3, 1.75), at(hw, .6)], top)
-    elif p.bottom == "skirt": c.blob([at(-hw*1.1, .85), at(-hw*2.1, 1.6), at(0, 1.68), at(hw*2.1, 1.6), at(hw*1.1, .85)], COLORS[p.bottom_color])
+    c.blob([(x + 0.02 * h, y) for x, y in outline], shade(top, 0.78))
+    c.blob(outline, top)
+    if p.top == "dress":
+        c.blob(
+            [at(-hw, 0.6), at(-hw * 2.3, 1.75), at(0, 1.85), at(hw * 2.3, 1.75), at(hw, 0.6)], top
+        )
+    elif p.bottom == "skirt":
+        c.blob(
+            [
+                at(-hw * 1.1, 0.85),
+                at(-hw * 2.1, 1.6),
+                at(0, 1.68),
+                at(hw * 2.1, 1.6),
+                at(hw * 1.1, 0.85),
+            ],
+            COLORS[p.bottom_color],
+        )
     if p.top == "striped shirt":
-        other = shade(top, 1.65) if p.top_color not in ("white", "yellow") else shade(top, .6)
-        for v in (.3, .52, .74, .96): w = (sw*.9 if v < .4 else hw*1.15*waist); c.stroke([at(-w, v), at(0, v+.03), at(w, v)], .055*h, other)
+        other = shade(top, 1.65) if p.top_color not in ("white", "yellow") else shade(top, 0.6)
+        for v in (0.3, 0.52, 0.74, 0.96):
+            w = sw * 0.9 if v < 0.4 else hw * 1.15 * waist
+            c.stroke([at(-w, v), at(0, v + 0.03), at(w, v)], 0.055 * h, other)
     if p.top == "jacket":
-        c.poly([at(-.12, .02), at(0, .55), at(.12, .02)], shade(top, 1.7) if p.top_color != "white" else COLORS["grey"])
-        c.stroke([at(0, .5), at(0, 1.05)], .03*h, shade(top, .55))
-    c.part("body"); c.blob([at(-.11, -.02), at(0, .12), at(.11, -.02)], SKINS[p.look.skin])
+        c.poly(
+            [at(-0.12, 0.02), at(0, 0.55), at(0.12, 0.02)],
+            shade(top, 1.7) if p.top_color != "white" else COLORS["grey"],
+        )
+        c.stroke([at(0, 0.5), at(0, 1.05)], 0.03 * h, shade(top, 0.55))
+    c.part("body")
+    c.blob([at(-0.11, -0.02), at(0, 0.12), at(0.11, -0.02)], SKINS[p.look.skin])
 
 # %% ../nbs/09_draw.ipynb #ac6f7488
 def _arm(c, p, J, side, r):
     "One arm: sleeve, skin, hand."
     sh, el, wr = (J[f"{side}_{k}"] for k in ("shoulder", "elbow", "wrist"))
     skin, top, h = SKINS[p.look.skin], COLORS[p.top_color], p.head
-    sh = tuple(a+.1*(b-a) for a, b in zip(sh, J["neck"]))
-    c.part("body"); c.limb(sh, el, r, r*.9, skin); c.limb(el, wr, r*.9, r*.7, skin)
+    sh = tuple(a + 0.1 * (b - a) for a, b in zip(sh, J["neck"]))
+    c.part("body")
+    c.limb(sh, el, r, r * 0.9, skin)
+    c.limb(el, wr, r * 0.9, r * 0.7, skin)
     c.part("clothes")
-    if p.top == "jacket": c.limb(el, tuple(a+.85*(b-a) for a, b in zip(el, wr)), r*1.12, r*1.05, top); c.limb(sh, el, r*1.25, r*1.12, top)
-    else: c.limb(sh, tuple(a+(.3 if p.top == "dress" else .62)*(b-a) for a, b in zip(sh, el)), r*1.25, r*1.2, top)
-    c.part("hand"); dx, dy = wr[0]-el[0], wr[1]-el[1]; L = math.hypot(dx, dy) or 1e-6
-    hand = (wr[0]+dx/L*.05*h, wr[1]+dy/L*.05*h)
+    if p.top == "jacket":
+        c.limb(el, tuple(a + 0.85 * (b - a) for a, b in zip(el, wr)), r * 1.12, r * 1.05, top)
+        c.limb(sh, el, r * 1.25, r * 1.12, top)
+    else:
+        c.limb(
+            sh,
+            tuple(a + (0.3 if p.top == "dress" else 0.62) * (b - a) for a, b in zip(sh, el)),
+            r * 1.25,
+            r * 1.2,
+            top,
+        )
+    c.part("hand")
+    dx, dy = wr[0] - el[0], wr[1] - el[1]
+    L = math.hypot(dx, dy) or 1e-6
+    hand = (wr[0] + dx / L * 0.05 * h, wr[1] + dy / L * 0.05 * h)
     s = 1 if side == "left" else -1
-    c.limb(wr, hand, r*.85, r*.9, skin)
-    c.limb(hand, (hand[0]+dx/L*.04*h - s*dy/L*.06*h, hand[1]+dy/L*.04*h + s*dx/L*.06*h), .035*h, .03*h, skin)  # thumb
+    c.limb(wr, hand, r * 0.85, r * 0.9, skin)
+    c.limb(
+        hand,
+        (
+            hand[0] + dx / L * 0.04 * h - s * dy / L * 0.06 * h,
+            hand[1] + dy / L * 0.04 * h + s * dx / L * 0.06 * h,
+        ),
+        0.035 * h,
+        0.03 * h,
+        skin,
+    )  # thumb
     return hand
 
 # %% ../nbs/09_draw.ipynb #a726e69f
 def _eyes(c, p, F):
     "Eyes, lids, brows and glasses."
     k, h, lash = p.look, p.head, p.look.kind in ("woman", "girl", "oldwoman")
-    g, s, y = .2 + .025*k.eye_gap, .098*(1+.1*k.eye_size), .11*p.yaw
-    ink, hair = (44, 26, 30), shade(HAIRS[k.hair_color], .8)
+    g, s, y = 0.2 + 0.025 * k.eye_gap, 0.098 * (1 + 0.1 * k.eye_size), 0.11 * p.yaw
+    ink, hair = (44, 26, 30), shade(HAIRS[k.hair_color], 0.8)
     for e in (-1, 1):
-        x = e*g + y; X = F(x, 0)
-        if p.mood == "laughing": c.stroke([F(x-.1, .03), F(x, -.045), F(x+.1, .03)], .04*h, ink)
+        x = e * g + y
+        X = F(x, 0)
+        if p.mood == "laughing":
+            c.stroke([F(x - 0.1, 0.03), F(x, -0.045), F(x + 0.1, 0.03)], 0.04 * h, ink)
         else:
-            open_ = dict(surprised=1.25, sad=.95, angry=.85).get(p.mood, 1.05)
-            c.disc(*X, s*h, (252, 252, 250), s*open_*h)
-            c.disc(*F(x+.018*p.yaw, .008), s*.74*h, shade(EYES[k.eyes], .75), s*.8*min(open_, 1.05)*h)
-            c.disc(*F(x+.018*p.yaw, .015), s*.6*h, EYES[k.eyes])
-            c.disc(*F(x+.018*p.yaw, .01), s*.34*h, (20, 16, 22)); c.disc(*F(x-.025, -.03), s*.22*h, (255, 255, 255))
-            c.stroke([F(x-.105, .0), F(x-.05, -s*open_), F(x+.05, -s*open_), F(x+.105, .0)], (.038 if lash else .026)*h, ink)
-            if lash: c.stroke([F(x+e*.1, -.02), F(x+e*.145, -.065)], .026*h, ink)
-        inner, outer = dict(angry=(-.1, -.2), sad=(-.2, -.12), surprised=(-.22, -.25)).get(p.mood, (-.16, -.17))
-        c.stroke([F(x-e*.085, inner), F(x, (inner+outer)/2-.03), F(x+e*.095, outer)], (.04+.012*k.brow)*h, hair if k.hair_color != "white" else HAIRS["grey"])
+            open_ = dict(surprised=1.25, sad=0.95, angry=0.85).get(p.mood, 1.05)
+            c.disc(*X, s * h, (252, 252, 250), s * open_ * h)
+            c.disc(
+                *F(x + 0.018 * p.yaw, 0.008),
+                s * 0.74 * h,
+                shade(EYES[k.eyes], 0.75),
+                s * 0.8 * min(open_, 1.05) * h,
+            )
+            c.disc(*F(x + 0.018 * p.yaw, 0.015), s * 0.6 * h, EYES[k.eyes])
+            c.disc(*F(x + 0.018 * p.yaw, 0.01), s * 0.34 * h, (20, 16, 22))
+            c.disc(*F(x - 0.025, -0.03), s * 0.22 * h, (255, 255, 255))
+            c.stroke(
+                [
+                    F(x - 0.105, 0.0),
+                    F(x - 0.05, -s * open_),
+                    F(x + 0.05, -s * open_),
+                    F(x + 0.105, 0.0),
+                ],
+                (0.038 if lash else 0.026) * h,
+                ink,
+            )
+            if lash:
+                c.stroke([F(x + e * 0.1, -0.02), F(x + e * 0.145, -0.065)], 0.026 * h, ink)
+        inner, outer = dict(angry=(-0.1, -0.2), sad=(-0.2, -0.12), surprised=(-0.22, -0.25)).get(
+            p.mood, (-0.16, -0.17)
+        )
+        c.stroke(
+            [F(x - e * 0.085, inner), F(x, (inner + outer) / 2 - 0.03), F(x + e * 0.095, outer)],
+            (0.04 + 0.012 * k.brow) * h,
+            hair if k.hair_color != "white" else HAIRS["grey"],
+        )
     if k.glasses:
         for e in (-1, 1):
-            ring = [F(e*g+y+.135*math.cos(t), .01+.125*math.sin(t)) for t in np.linspace(0, 2*math.pi, 9)]
-            c.stroke(ring, .028*h, (60, 40, 40))
-        c.stroke([F(y-g+.135, 0), F(y, -.02), F(y+g-.135, 0)], .028*h, (60, 40, 40))
+            ring = [
+                F(e * g + y + 0.135 * math.cos(t), 0.01 + 0.125 * math.sin(t))
+                for t in np.linspace(0, 2 * math.pi, 9)
+            ]
+            c.stroke(ring, 0.028 * h, (60, 40, 40))
+        c.stroke([F(y - g + 0.135, 0), F(y, -0.02), F(y + g - 0.135, 0)], 0.028 * h, (60, 40, 40))
 
 # %% ../nbs/09_draw.ipynb #ce5f9b4d
 def _mouth(c, p, F):
     "Nose and mouth, by mood."
-    k, h, y = p.look, p.head, .12*p.yaw
-    skin, ink, w, v = SKINS[k.skin], (112, 36, 40), .15*(1+.15*k.lips), .29
-    c.stroke([F(y+.005, .06), F(y+.035+.02*p.yaw, .135+.02*k.nose), F(y-.02, .15+.02*k.nose)], .03*h, shade(skin, .72))
-    lip = (186, 62, 72) if k.kind in ("woman", "girl", "oldwoman") else shade(skin, .55)
-    if p.mood == "smiling": c.stroke([F(y-w, v-.035), F(y-w*.5, v+.03), F(y, v+.05), F(y+w*.5, v+.03), F(y+w, v-.035)], .045*h, lip)
+    k, h, y = p.look, p.head, 0.12 * p.yaw
+    skin, ink, w, v = SKINS[k.skin], (112, 36, 40), 0.15 * (1 + 0.15 * k.lips), 0.29
+    c.stroke(
+        [
+            F(y + 0.005, 0.06),
+            F(y + 0.035 + 0.02 * p.yaw, 0.135 + 0.02 * k.nose),
+            F(y - 0.02, 0.15 + 0.02 * k.nose),
+        ],
+        0.03 * h,
+        shade(skin, 0.72),
+    )
+    lip = (186, 62, 72) if k.kind in ("woman", "girl", "oldwoman") else shade(skin, 0.55)
+    if p.mood == "smiling":
+        c.stroke(
+            [
+                F(y - w, v - 0.035),
+                F(y - w * 0.5, v + 0.03),
+                F(y, v + 0.05),
+                F(y + w * 0.5, v + 0.03),
+                F(y + w, v - 0.035),
+            ],
+            0.045 * h,
+            lip,
+        )
     elif p.mood == "laughing":
-        c.blob([F(y-w, v-.05), F(y, v-.035), F(y+w, v-.05), F(y+w*.6, v+.085), F(y, v+.12), F(y-w*.6, v+.085)], ink)
-        c.poly([F(y-w*.8, v-.04), F(y+w*.8, v-.04), F(y+w*.65, v+.005), F(y-w*.65, v+.005)], (252, 250, 246))
-        c.disc(*F(y, v+.085), w*.45*h, (222, 96, 102), .025*h)
-    elif p.mood == "sad": c.stroke([F(y-w*.75, v+.06), F(y-w*.35, v+.005), F(y, v-.01), F(y+w*.35, v+.005), F(y+w*.75, v+.06)], .045*h, lip)
+        c.blob(
+            [
+                F(y - w, v - 0.05),
+                F(y, v - 0.035),
+                F(y + w, v - 0.05),
+                F(y + w * 0.6, v + 0.085),
+                F(y, v + 0.12),
+                F(y - w * 0.6, v + 0.085),
+            ],
+            ink,
+        )
+        c.poly(
+            [
+                F(y - w * 0.8, v - 0.04),
+                F(y + w * 0.8, v - 0.04),
+                F(y + w * 0.65, v + 0.005),
+                F(y - w * 0.65, v + 0.005),
+            ],
+            (252, 250, 246),
+        )
+        c.disc(*F(y, v + 0.085), w * 0.45 * h, (222, 96, 102), 0.025 * h)
+    elif p.mood == "sad":
+        c.stroke(
+            [
+                F(y - w * 0.75, v + 0.06),
+                F(y - w * 0.35, v + 0.005),
+                F(y, v - 0.01),
+                F(y + w * 0.35, v + 0.005),
+                F(y + w * 0.75, v + 0.06),
+            ],
+            0.045 * h,
+            lip,
+        )
     elif p.mood == "angry":
-        c.poly([F(y-w*.75, v-.02), F(y+w*.75, v-.02), F(y+w*.8, v+.06), F(y-w*.8, v+.06)], ink)
-        c.poly([F(y-w*.62, v), F(y+w*.62, v), F(y+w*.62, v+.04), F(y-w*.62, v+.04)], (252, 250, 246))
-    elif p.mood == "surprised": c.disc(*F(y, v+.035), .06*h, ink, .085*h)
-    else: c.stroke([F(y-w*.6, v+.015), F(y+w*.6, v+.015)], .042*h, lip)
+        c.poly(
+            [
+                F(y - w * 0.75, v - 0.02),
+                F(y + w * 0.75, v - 0.02),
+                F(y + w * 0.8, v + 0.06),
+                F(y - w * 0.8, v + 0.06),
+            ],
+            ink,
+        )
+        c.poly(
+            [
+                F(y - w * 0.62, v),
+                F(y + w * 0.62, v),
+                F(y + w * 0.62, v + 0.04),
+                F(y - w * 0.62, v + 0.04),
+            ],
+            (252, 250, 246),
+        )
+    elif p.mood == "surprised":
+        c.disc(*F(y, v + 0.035), 0.06 * h, ink, 0.085 * h)
+    else:
+        c.stroke([F(y - w * 0.6, v + 0.015), F(y + w * 0.6, v + 0.015)], 0.042 * h, lip)
 
 # %% ../nbs/09_draw.ipynb #dd7a947b
 def _hair(c, p, F, front):
     "Hair behind (`front=False`) and before the face."
-    k, h = p.look, p.head; col, y = HAIRS[k.hair_color], .05*p.yaw
-    dark, ring = shade(col, .8), lambda pts: [F(u, v) for u, v in pts]
+    k, h = p.look, p.head
+    col, y = HAIRS[k.hair_color], 0.05 * p.yaw
+    dark, ring = shade(col, 0.8), lambda pts: [F(u, v) for u, v in pts]
     c.part("hair")
-    if k.hair == "bald": return
-    if not front:
-        back = dict(long=[(-.44, -.3), (0, -.6), (.44, -.3), (.52, .2), (.5, .75), (.25, .85), (-.25, .85), (-.5, .75), (-.52, .2)],
-                    bob=[(-.46, -.3), (0, -.6), (.46, -.3), (.54, .15), (.5, .42), (-.5, .42), (-.54, .15)],
-                    curly=[(-.5, -.4), (-.25, -.66), (.25, -.66), (.5, -.4), (.6, -.05), (.5, .22), (-.5, .22), (-.6, -.05)],
-                    bun=[(-.44, -.3), (0, -.58), (.44, -.3), (.42, .1), (-.42, .1)])
-        side = 1 if p.yaw <= 0 else -1
-        if k.hair == "bun": c.disc(*F(0, -.6), .19*h, dark)
-        if k.hair == "ponytail": c.blob(ring([(side*.3, -.4), (side*.62, -.35), (side*.68, .1), (side*.55, .5), (side*.47, .05)]), dark)
-        if k.hair in back or k.hair == "ponytail": c.blob(ring(back.get(k.hair, back["bun"])), dark)
+    if k.hair == "bald":
         return
-    brow = dict(curly=-.3, short=-.29, spiky=-.3).get(k.hair, -.27)
-    part = .12*(1 if k.jaw > 0 else -1)
-    fringe = [(-.45, .02), (-.47, -.25), (-.3, -.5), (0, -.58), (.3, -.5), (.47, -.25), (.45, .02), (.39, -.12), (part+.22+y, brow+.03), (part+y, brow-.1), (part-.25+y, brow+.03), (-.39, -.12)]
+    if not front:
+        back = dict(
+            long=[
+                (-0.44, -0.3),
+                (0, -0.6),
+                (0.44, -0.3),
+                (0.52, 0.2),
+                (0.5, 0.75),
+                (0.25, 0.85),
+                (-0.25, 0.85),
+                (-0.5, 0.75),
+                (-0.52, 0.2),
+            ],
+            bob=[
+                (-0.46, -0.3),
+                (0, -0.6),
+                (0.46, -0.3),
+                (0.54, 0.15),
+                (0.5, 0.42),
+                (-0.5, 0.42),
+                (-0.54, 0.15),
+            ],
+            curly=[
+                (-0.5, -0.4),
+                (-0.25, -0.66),
+                (0.25, -0.66),
+                (0.5, -0.4),
+                (0.6, -0.05),
+                (0.5, 0.22),
+                (-0.5, 0.22),
+                (-0.6, -0.05),
+            ],
+            bun=[(-0.44, -0.3), (0, -0.58), (0.44, -0.3), (0.42, 0.1), (-0.42, 0.1)],
+        )
+        side = 1 if p.yaw <= 0 else -1
+        if k.hair == "bun":
+            c.disc(*F(0, -0.6), 0.19 * h, dark)
+        if k.hair == "ponytail":
+            c.blob(
+                ring(
+                    [
+                        (side * 0.3, -0.4),
+                        (side * 0.62, -0.35),
+                        (side * 0.68, 0.1),
+                        (side * 0.55, 0.5),
+                        (side * 0.47, 0.05),
+                    ]
+                ),
+                dark,
+            )
+        if k.hair in back or k.hair == "ponytail":
+            c.blob(ring(back.get(k.hair, back["bun"])), dark)
+        return
+    brow = dict(curly=-0.3, short=-0.29, spiky=-0.3).get(k.hair, -0.27)
+    part = 0.12 * (1 if k.jaw > 0 else -1)
+    fringe = [
+        (-0.45, 0.02),
+        (-0.47, -0.25),
+        (-0.3, -0.5),
+        (0, -0.58),
+        (0.3, -0.5),
+        (0.47, -0.25),
+        (0.45, 0.02),
+        (0.39, -0.12),
+        (part + 0.22 + y, brow + 0.03),
+        (part + y, brow - 0.1),
+        (part - 0.25 + y, brow + 0.03),
+        (-0.39, -0.12),
+    ]
     c.blob(ring(fringe), col)
-    if k.hair == "spiky": c.poly(ring([(-.47, -.2), (-.5, -.46), (-.34, -.42), (-.3, -.68), (-.12, -.52), (.02, -.76), (.14, -.52), (.34, -.66), (.35, -.42), (.5, -.44), (.47, -.2), (0, -.4)]), col)
+    if k.hair == "spiky":
+        c.poly(
+            ring(
+                [
+                    (-0.47, -0.2),
+                    (-0.5, -0.46),
+                    (-0.34, -0.42),
+                    (-0.3, -0.68),
+                    (-0.12, -0.52),
+                    (0.02, -0.76),
+                    (0.14, -0.52),
+                    (0.34, -0.66),
+                    (0.35, -0.42),
+                    (0.5, -0.44),
+                    (0.47, -0.2),
+                    (0, -0.4),
+                ]
+            ),
+            col,
+        )
     if k.hair == "curly":
-        for u, v in ((-.42, -.22), (-.3, -.42), (-.1, -.53), (.12, -.53), (.31, -.42), (.42, -.22)): c.disc(*F(u, v), .14*h, col)
-    c.stroke(ring([(-.3+y, -.38), (-.14+y, -.475), (.02+y, -.49)]), .035*h, shade(col, 1.28))   # a gleam
+        for u, v in (
+            (-0.42, -0.22),
+            (-0.3, -0.42),
+            (-0.1, -0.53),
+            (0.12, -0.53),
+            (0.31, -0.42),
+            (0.42, -0.22),
+        ):
+            c.disc(*F(u, v), 0.14 * h, col)
+    c.stroke(
+        ring([(-0.3 + y, -0.38), (-0.14 + y, -0.475), (0.02 + y, -0.49)]),
+        0.035 * h,
+        shade(col, 1.28),
+    )  # a gleam
 
 # %% ../nbs/09_draw.ipynb #2ed98d08
 def _hat(c, p, F):
     "A hat, if any."
-    if not p.hat: return
-    c.part("hat"); col, h, ring = COLORS[p.hat_color], p.head, lambda pts: [F(u, v) for u, v in pts]
-    dome = [(-.48, -.22), (-.42, -.5), (0, -.68), (.42, -.5), (.48, -.22), (0, -.26)]
+    if not p.hat:
+        return
+    c.part("hat")
+    col, h, ring = COLORS[p.hat_color], p.head, lambda pts: [F(u, v) for u, v in pts]
+    dome = [(-0.48, -0.22), (-0.42, -0.5), (0, -0.68), (0.42, -0.5), (0.48, -0.22), (0, -0.26)]
     if p.hat == "sunhat":
-        c.blob(ring([(-.85, -.22), (-.4, -.34), (.4, -.34), (.85, -.22), (.4, -.17), (-.4, -.17)]), shade(col, .8))
-        c.blob(ring([(-.42, -.28), (-.36, -.56), (0, -.66), (.36, -.56), (.42, -.28)]), col); return
+        c.blob(
+            ring(
+                [
+                    (-0.85, -0.22),
+                    (-0.4, -0.34),
+                    (0.4, -0.34),
+                    (0.85, -0.22),
+                    (0.4, -0.17),
+                    (-0.4, -0.17),
+                ]
+            ),
+            shade(col, 0.8),
+        )
+        c.blob(
+            ring([(-0.42, -0.28), (-0.36, -0.56), (0, -0.66), (0.36, -0.56), (0.42, -0.28)]), col
+        )
+        return
     c.blob(ring(dome), col)
-    if p.hat == "cap": c.blob(ring([(-.42+.2*p.yaw, -.27), (0+.2*p.yaw, -.33), (.42+.2*p.yaw, -.27), (.36+.2*p.yaw, -.17), (-.36+.2*p.yaw, -.17)]), shade(col, .7))
-    else: c.stroke(ring([(-.45, -.24), (0, -.27), (.45, -.24)]), .1*h, shade(col, 1.35)); c.disc(*F(0, -.68), .09*h, shade(col, 1.35))
+    if p.hat == "cap":
+        c.blob(
+            ring(
+                [
+                    (-0.42 + 0.2 * p.yaw, -0.27),
+                    (0 + 0.2 * p.yaw, -0.33),
+                    (0.42 + 0.2 * p.yaw, -0.27),
+                    (0.36 + 0.2 * p.yaw, -0.17),
+                    (-0.36 + 0.2 * p.yaw, -0.17),
+                ]
+            ),
+            shade(col, 0.7),
+        )
+    else:
+        c.stroke(ring([(-0.45, -0.24), (0, -0.27), (0.45, -0.24)]), 0.1 * h, shade(col, 1.35))
+        c.disc(*F(0, -0.68), 0.09 * h, shade(col, 1.35))
 
 # %% ../nbs/09_draw.ipynb #4992bf9d
 def _head(c, p, J):
     "The whole head, back to front."
     F, k, h = face_frame(p, J["head"]), p.look, p.head
-    skin, y = SKINS[k.skin], .03*p.yaw
+    skin, y = SKINS[k.skin], 0.03 * p.yaw
     c.part("face")
-    for e in (-1, 1): c.disc(*F(e*.43+y, .05), .085*h, shade(skin, .84), .11*h)
-    j, old = .04*k.jaw, k.kind.startswith("old")
-    chin = [(-.43, -.05), (-.4, -.32), (0, -.5), (.4, -.32), (.43, -.05), (.38+j, .24), (.2+j, .44), (0, .5), (-.2-j, .44), (-.38-j, .24)]
-    c.blob([F(u+y, v) for u, v in chin], shade(skin, .86)); c.blob([F(u*.95+y-.012, v*.97-.01) for u, v in chin], skin)
-    for e in (-1, 1): c.disc(*F(e*.27+.11*p.yaw, .19), .085*h, tuple(round(a*.72+b*.28) for a, b in zip(skin, (226, 84, 84))), .06*h)
+    for e in (-1, 1):
+        c.disc(*F(e * 0.43 + y, 0.05), 0.085 * h, shade(skin, 0.84), 0.11 * h)
+    j, old = 0.04 * k.jaw, k.kind.startswith("old")
+    chin = [
+        (-0.43, -0.05),
+        (-0.4, -0.32),
+        (0, -0.5),
+        (0.4, -0.32),
+        (0.43, -0.05),
+        (0.38 + j, 0.24),
+        (0.2 + j, 0.44),
+        (0, 0.5),
+        (-0.2 - j, 0.44),
+        (-0.38 - j, 0.24),
+    ]
+    c.blob([F(u + y, v) for u, v in chin], shade(skin, 0.86))
+    c.blob([F(u * 0.95 + y - 0.012, v * 0.97 - 0.01) for u, v in chin], skin)
+    for e in (-1, 1):
+        c.disc(
+            *F(e * 0.27 + 0.11 * p.yaw, 0.19),
+            0.085 * h,
+            tuple(round(a * 0.72 + b * 0.28) for a, b in zip(skin, (226, 84, 84))),
+            0.06 * h,
+        )
     if k.freckles:
-        for u, v in ((-.3, .14), (-.22, .17), (-.26, .2), (.3, .14), (.22, .17), (.26, .2)): c.disc(*F(u+.11*p.yaw, v), .017*h, shade(skin, .66))
+        for u, v in (
+            (-0.3, 0.14),
+            (-0.22, 0.17),
+            (-0.26, 0.2),
+            (0.3, 0.14),
+            (0.22, 0.17),
+            (0.26, 0.2),
+        ):
+            c.disc(*F(u + 0.11 * p.yaw, v), 0.017 * h, shade(skin, 0.66))
     if old:
-        for e in (-1, 1): c.stroke([F(e*.14+.11*p.yaw, .17), F(e*.23+.11*p.yaw, .25), F(e*.235+.11*p.yaw, .32)], .022*h, shade(skin, .74))
+        for e in (-1, 1):
+            c.stroke(
+                [
+                    F(e * 0.14 + 0.11 * p.yaw, 0.17),
+                    F(e * 0.23 + 0.11 * p.yaw, 0.25),
+                    F(e * 0.235 + 0.11 * p.yaw, 0.32),
+                ],
+                0.022 * h,
+                shade(skin, 0.74),
+            )
     if k.beard:
         b = HAIRS[k.hair_color]
-        c.blob([F(u+y, v) for u, v in ((-.42, .06), (-.4-j, .3), (-.2-j, .5), (0, .56), (.2+j, .5), (.4+j, .3), (.42, .06), (.27, .21), (.0, .185), (-.27, .21))], b)
-    _mouth(c, p, F); _eyes(c, p, F); _hair(c, p, F, True); _hat(c, p, F)
+        c.blob(
+            [
+                F(u + y, v)
+                for u, v in (
+                    (-0.42, 0.06),
+                    (-0.4 - j, 0.3),
+                    (-0.2 - j, 0.5),
+                    (0, 0.56),
+                    (0.2 + j, 0.5),
+                    (0.4 + j, 0.3),
+                    (0.42, 0.06),
+                    (0.27, 0.21),
+                    (0.0, 0.185),
+                    (-0.27, 0.21),
+                )
+            ],
+            b,
+        )
+    _mouth(c, p, F)
+    _eyes(c, p, F)
+    _hair(c, p, F, True)
+    _hat(c, p, F)
 
 # %% ../nbs/09_draw.ipynb #abfe0c34
 def _prop(c, p, J, hand, k):
     "The thing held in, or lying by, the left hand (right if mirrored)."
-    h, col = p.head, COLORS[p.prop_color]; x, y = hand; c.person(0)
+    h, col = p.head, COLORS[p.prop_color]
+    x, y = hand
+    c.person(0)
     if p.prop == "ball":
-        foot = J[("right" if p.mirror else "left")+"_ankle"]
-        x, y = (foot[0]+(-.3 if p.mirror else .3)*h, p.ground-.17*h) if p.action == "kicking" else (x, y-.15*h)
-        c.disc(x, y, .19*h, shade(col, .75)); c.disc(x-.02*h, y-.02*h, .165*h, col); c.disc(x-.07*h, y-.07*h, .05*h, shade(col, 1.6))
+        foot = J[("right" if p.mirror else "left") + "_ankle"]
+        x, y = (
+            (foot[0] + (-0.3 if p.mirror else 0.3) * h, p.ground - 0.17 * h)
+            if p.action == "kicking"
+            else (x, y - 0.15 * h)
+        )
+        c.disc(x, y, 0.19 * h, shade(col, 0.75))
+        c.disc(x - 0.02 * h, y - 0.02 * h, 0.165 * h, col)
+        c.disc(x - 0.07 * h, y - 0.07 * h, 0.05 * h, shade(col, 1.6))
     elif p.prop == "balloon":
-        c.stroke([(x, y), (x+.05*h, y-.45*h), (x, y-.75*h)], .02*h, (90, 90, 90))
-        c.disc(x, y-1.05*h, .28*h, shade(col, .8), .33*h); c.disc(x-.03*h, y-1.08*h, .24*h, col, .28*h); c.disc(x-.1*h, y-1.18*h, .06*h, shade(col, 1.6))
+        c.stroke([(x, y), (x + 0.05 * h, y - 0.45 * h), (x, y - 0.75 * h)], 0.02 * h, (90, 90, 90))
+        c.disc(x, y - 1.05 * h, 0.28 * h, shade(col, 0.8), 0.33 * h)
+        c.disc(x - 0.03 * h, y - 1.08 * h, 0.24 * h, col, 0.28 * h)
+        c.disc(x - 0.1 * h, y - 1.18 * h, 0.06 * h, shade(col, 1.6))
     elif p.prop == "umbrella":
-        c.stroke([(x, y+.1*h), (x, y-.95*h)], .04*h, (80, 60, 50))
-        top = [(x+.85*h*math.cos(t), y-.72*h-.62*h*math.sin(t)) for t in np.linspace(0, math.pi, 16)]
-        c.poly(top, shade(col, .8)); c.poly([(x+.4*(a-x), b) for a, b in top], shade(col, 1.25))
+        c.stroke([(x, y + 0.1 * h), (x, y - 0.95 * h)], 0.04 * h, (80, 60, 50))
+        top = [
+            (x + 0.85 * h * math.cos(t), y - 0.72 * h - 0.62 * h * math.sin(t))
+            for t in np.linspace(0, math.pi, 16)
+        ]
+        c.poly(top, shade(col, 0.8))
+        c.poly([(x + 0.4 * (a - x), b) for a, b in top], shade(col, 1.25))
     elif p.prop == "flag":
-        c.stroke([(x, y+.2*h), (x, y-.95*h)], .045*h, (120, 90, 60)); s = -1 if p.mirror else 1
-        c.blob([(x, y-.95*h), (x+s*.4*h, y-1.0*h), (x+s*.72*h, y-.9*h), (x+s*.7*h, y-.52*h), (x+s*.35*h, y-.58*h), (x, y-.5*h)], col)
+        c.stroke([(x, y + 0.2 * h), (x, y - 0.95 * h)], 0.045 * h, (120, 90, 60))
+        s = -1 if p.mirror else 1
+        c.blob(
+            [
+                (x, y - 0.95 * h),
+                (x + s * 0.4 * h, y - 1.0 * h),
+                (x + s * 0.72 * h, y - 0.9 * h),
+                (x + s * 0.7 * h, y - 0.52 * h),
+                (x + s * 0.35 * h, y - 0.58 * h),
+                (x, y - 0.5 * h),
+            ],
+            col,
+        )
     elif p.prop == "flowers":
-        for dx, dy in ((-.12, -.3), (0, -.4), (.12, -.3), (-.05, -.22), (.07, -.2)):
-            c.stroke([(x, y), (x+dx*h, y+dy*h)], .025*h, (60, 130, 60)); c.disc(x+dx*h, y+dy*h, .085*h, col); c.disc(x+dx*h, y+dy*h, .035*h, COLORS["yellow"])
+        for dx, dy in ((-0.12, -0.3), (0, -0.4), (0.12, -0.3), (-0.05, -0.22), (0.07, -0.2)):
+            c.stroke([(x, y), (x + dx * h, y + dy * h)], 0.025 * h, (60, 130, 60))
+            c.disc(x + dx * h, y + dy * h, 0.085 * h, col)
+            c.disc(x + dx * h, y + dy * h, 0.035 * h, COLORS["yellow"])
     c.person(k)
 
 # %% ../nbs/09_draw.ipynb #1430959e
-def draw_person(c, # `Canvas` to paint on
-                p, # `Person`
-                k, # number of the person in the label map, 1 or more
-               ): # the joints, as `skeleton` gives them
+def draw_person(
+    c,  # `Canvas` to paint on
+    p,  # `Person`
+    k,  # number of the person in the label map, 1 or more
+):  # the joints, as `skeleton` gives them
     "Paint one person, from back to front."
-    J, r = skeleton(p), KINDS[p.look.kind][3]*p.head
-    held = "right" if p.mirror else "left"; free = "left" if p.mirror else "right"
-    c.person(k); _hair(c, p, face_frame(p, J["head"]), False)
-    if p.prop == "umbrella": _prop(c, p, J, J[held+"_wrist"], k)
-    for side in ("right", "left"): _leg(c, p, J, side, r)
-    _torso(c, p, J, r); _arm(c, p, J, free, r)
-    _head(c, p, J); hand = _arm(c, p, J, held, r)
-    if p.prop and p.prop != "umbrella": _prop(c, p, J, hand, k)
+    J, r = skeleton(p), KINDS[p.look.kind][3] * p.head
+    held = "right" if p.mirror else "left"
+    free = "left" if p.mirror else "right"
+    c.person(k)
+    _hair(c, p, face_frame(p, J["head"]), False)
+    if p.prop == "umbrella":
+        _prop(c, p, J, J[held + "_wrist"], k)
+    for side in ("right", "left"):
+        _leg(c, p, J, side, r)
+    _torso(c, p, J, r)
+    _arm(c, p, J, free, r)
+    _head(c, p, J)
+    hand = _arm(c, p, J, held, r)
+    if p.prop and p.prop != "umbrella":
+        _prop(c, p, J, hand, k)
     return J
 
 # %% ../nbs/09_draw.ipynb #ace920df
-def portrait(p,        # `Person`
-             size=128, # side, pixels
-             sky=(206, 222, 232)): # background colour
+def portrait(
+    p,  # `Person`
+    size=128,  # side, pixels
+    sky=(206, 222, 232),
+):  # background colour
     "A `Person` alone on a plain ground: (PIL image, label array (size, size), joints)."
-    c = Canvas(size); c.poly([(0, 0), (1, 0), (1, 1), (0, 1)], sky)
+    c = Canvas(size)
+    c.poly([(0, 0), (1, 0), (1, 1), (0, 1)], sky)
     J = draw_person(c, p, 1)
-    return c.image.reduce(c.ss), np.asarray(c.labels)[c.ss//2::c.ss, c.ss//2::c.ss], J
+    return c.image.reduce(c.ss), np.asarray(c.labels)[c.ss // 2 :: c.ss, c.ss // 2 :: c.ss], J

@@ -6,11 +6,15 @@
 __all__ = ['PROTOCOLS', 'REFERENCE', 'HeldOut', 'held_out', 'Judges', 'evaluate', 'failures', 'format_one_step', 'main']
 
 # %% ../nbs/06_evaluate.ipynb #f3635153
-import argparse, json
+import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from PIL import Image
+
 from .compare import interval, worst
 from .critics import world_arrays
 from .data import PersonDataset
@@ -18,157 +22,374 @@ from .distances import critic_features, inception, reference
 from .judges import format_metrics, judge_runs, load_network
 from .pairs import distance_pairs, distance_table, measure_pairs
 from .people import VAL_ID, VAL_PEOPLE, captions, sample_scene
-from .people_metrics import PhotoReader, WorldReader, clip_score, cut, diversity, measures, people_in_caption
+from masked_ldm.people_metrics import (
+    PhotoReader,
+    WorldReader,
+    clip_score,
+    cut,
+    diversity,
+    measures,
+    people_in_caption,
+)
 from .report import command, format_report, paper_row, provenance, run_settings, table1
 from .sample import PROMPTS, compare_grid, find_run, load_models, picture_set
 from .show import as_pil, picture_grid
 
 # %% ../nbs/06_evaluate.ipynb #abd25f02
-PROTOCOLS = dict(quick=dict(n=100, scheduler="dpm", steps=20, guidance=None), recommended=dict(n=1000, scheduler="dpm", steps=20, guidance=None),
-                 paper=dict(n=1000, scheduler="ddim", steps=50, guidance=9.)) # guidance None: the run's
-REFERENCE = (40001, range(2200, 3200))   # ids from here, and people, of the built-in world's reference: nobody was trained on them
+PROTOCOLS = dict(
+    quick=dict(n=100, scheduler="dpm", steps=20, guidance=None),
+    recommended=dict(n=1000, scheduler="dpm", steps=20, guidance=None),
+    paper=dict(n=1000, scheduler="ddim", steps=50, guidance=9.0),
+)  # guidance None: the run's
+REFERENCE = (
+    40001,
+    range(2200, 3200),
+)  # ids from here, and people, of the built-in world's reference: nobody was trained on them
+
 
 @dataclass
 class HeldOut:
     "Prompts, what is known of them, and real pictures."
+
     prompts: list
     want: np.ndarray  # (n,) people asked for
-    scenes: object    # list of `Scene`, or None for photographs
-    real: list        # PIL images of the prompts: the ceiling
-    reference: list   # PIL images that distances are measured to
-    reference_is: str # where these come from
+    scenes: object  # list of `Scene`, or None for photographs
+    real: list  # PIL images of the prompts: the ceiling
+    reference: list  # PIL images that distances are measured to
+    reference_is: str  # where these come from
 
-def held_out(config, # a run's config.json
-             where,  # its data.json
-             n,      # prompts
-             n_ref): # pictures of the reference set
+
+def held_out(
+    config,  # a run's config.json
+    where,  # its data.json
+    n,  # prompts
+    n_ref,
+):  # pictures of the reference set
     "`HeldOut` of a run: the built-in world, or the validation manifest. Raises ValueError for a world that the judges do not know, or a run that does not say where its pictures are."
     if config.get("data_root") is None:
-        if config.get("size", 64) != 64: raise ValueError(f"the judges of the built-in world see pictures of 64 pixels, this run draws {config['size']}")
+        if config.get("size", 64) != 64:
+            raise ValueError(
+                f"the judges of the built-in world see pictures of 64 pixels, this run draws {config['size']}"
+            )
         return _world(n, n_ref)
     for name, at in (("val", where), ("train", where), ("size", config)):
-        if name not in at: raise ValueError(f"the run names no {name!r}: config.json and data.json of a run on photographs must come with it, from the computer that has them")
-    val, train = (PersonDataset(where[s], config["size"], crop=config.get("crop", "center")) for s in ("val", "train")); n = min(n, len(val)); rows = [val[i] for i in range(n)]
-    left = len(val) - n; rest = left >= min(n_ref, 100); m = min(n_ref, left)   # fewer pictures that nobody was trained on are better than many that the branch knows
-    ref = [as_pil(val[n+i]["pixels"]) for i in range(m)] if rest else [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
+        if name not in at:
+            raise ValueError(
+                f"the run names no {name!r}: config.json and data.json of a run on photographs must come with it, from the computer that has them"
+            )
+    val, train = (
+        PersonDataset(where[s], config["size"], crop=config.get("crop", "center"))
+        for s in ("val", "train")
+    )
+    n = min(n, len(val))
+    rows = [val[i] for i in range(n)]
+    left = len(val) - n
+    rest = left >= min(n_ref, 100)
+    m = min(
+        n_ref, left
+    )  # fewer pictures that nobody was trained on are better than many that the branch knows
+    ref = (
+        [as_pil(val[n + i]["pixels"]) for i in range(m)]
+        if rest
+        else [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
+    )
     want = [np.nan if (k := people_in_caption(r["caption"])) is None else k for r in rows]
-    said = "validation pictures that are no prompts" + (f", {m} instead of {n_ref}" if m < n_ref else "") if rest else f"training pictures, since only {len(val)-n} validation pictures are no prompts"
-    return HeldOut([r["caption"] for r in rows], np.array(want, float), None, [as_pil(r["pixels"]) for r in rows], ref, said)
+    said = (
+        "validation pictures that are no prompts"
+        + (f", {m} instead of {n_ref}" if m < n_ref else "")
+        if rest
+        else f"training pictures, since only {len(val) - n} validation pictures are no prompts"
+    )
+    return HeldOut(
+        [r["caption"] for r in rows],
+        np.array(want, float),
+        None,
+        [as_pil(r["pixels"]) for r in rows],
+        ref,
+        said,
+    )
 
 # %% ../nbs/06_evaluate.ipynb #53a57124
-def _world(n, n_ref): # prompts, pictures of the reference set
-    ids, (first, others) = range(VAL_ID, VAL_ID+n), REFERENCE; scenes = [sample_scene(0, i, VAL_PEOPLE) for i in ids]
-    draw = lambda ids, people: [Image.fromarray(v) for v in world_arrays(ids, people)["pictures"]]
-    said = f"the built-in world's ids {first} to {first+n_ref-1}, people {others[0]} to {others[-1]}, seen in training by nobody"
-    return HeldOut([captions(s)[0] for s in scenes], np.array([len(s.people) for s in scenes]), scenes, draw(ids, VAL_PEOPLE), draw(range(first, first+n_ref), others), said)
+def _world(n, n_ref):  # prompts, pictures of the reference set
+    ids, (first, others) = range(VAL_ID, VAL_ID + n), REFERENCE
+    scenes = [sample_scene(0, i, VAL_PEOPLE) for i in ids]
+
+    def draw(ids, people):
+        return [Image.fromarray(v) for v in world_arrays(ids, people)["pictures"]]
+
+    said = f"the built-in world's ids {first} to {first + n_ref - 1}, people {others[0]} to {others[-1]}, seen in training by nobody"
+    return HeldOut(
+        [captions(s)[0] for s in scenes],
+        np.array([len(s.people) for s in scenes]),
+        scenes,
+        draw(ids, VAL_PEOPLE),
+        draw(range(first, first + n_ref), others),
+        said,
+    )
 
 # %% ../nbs/06_evaluate.ipynb #e01e5bdc
 class Judges:
     "Everything that looks at pictures: `named` says who, `notes` what could not be loaded."
-    def __init__(self, world,      # the built-in world, or photographs?
-                 weights=None,     # FID's Inception, for `inception`
-                 device="cpu"):    # where networks for photographs run
+
+    def __init__(
+        self,
+        world,  # the built-in world, or photographs?
+        weights=None,  # FID's Inception, for `inception`
+        device="cpu",
+    ):  # where networks for photographs run
         self.notes, self.world, self.clip = [], world, None if world else device
-        if world: critic = load_network("judge_perceptual"); self.reader, self.features = WorldReader(critic), critic_features(critic)
-        else: self.reader = self._first(lambda: PhotoReader(device=device), lambda: PhotoReader("keypointrcnn", device=device)); self.features = self._first(lambda: inception(weights, device))
-        fell = " (fallback: ViTPose could not be loaded)" if not world and self.reader and self.notes and self.reader.by["joints"].startswith("Keypoint") else ""
-        self.named = {k: v + fell*(k != "faces") for k, v in self.reader.by.items()} if self.reader else dict.fromkeys(("faces", "people", "joints"), "nobody")
+        if world:
+            critic = load_network("judge_perceptual")
+            self.reader, self.features = WorldReader(critic), critic_features(critic)
+        else:
+            self.reader = self._first(
+                lambda: PhotoReader(device=device),
+                lambda: PhotoReader("keypointrcnn", device=device),
+            )
+            self.features = self._first(lambda: inception(weights, device))
+        fell = (
+            " (fallback: ViTPose could not be loaded)"
+            if not world
+            and self.reader
+            and self.notes
+            and self.reader.by["joints"].startswith("Keypoint")
+            else ""
+        )
+        self.named = (
+            {k: v + fell * (k != "faces") for k, v in self.reader.by.items()}
+            if self.reader
+            else dict.fromkeys(("faces", "people", "joints"), "nobody")
+        )
         self.named["distances"] = self.features.title if self.features else "nobody"
 
-    def _first(self, *makers): # what the first maker gives that can; what the others lack is noted
+    def _first(self, *makers):  # what the first maker gives that can; what the others lack is noted
         for make in makers:
-            try: return make()
-            except (FileNotFoundError, ImportError) as e: self.notes.append(str(e))
+            try:
+                return make()
+            except (FileNotFoundError, ImportError) as e:
+                self.notes.append(str(e))
 
-    def __call__(self, pictures, # PIL images of one size
-                 data):          # `HeldOut`, its prompts in the order of the pictures
+    def __call__(
+        self,
+        pictures,  # PIL images of one size
+        data,
+    ):  # `HeldOut`, its prompts in the order of the pictures
         "({measure: (N,)}, {region: ((M,D) features, (M,) prompt of each)})."
         values, regions = {}, dict(whole=(pictures, np.arange(len(pictures))))
         if self.reader:
-            seen = self.reader(pictures); values = measures(seen, pictures, data.want, data.scenes, self.reader.limb_pairs)
-            for k, boxes in dict(people=seen.people, faces=seen.faces).items(): regions[k] = cut(pictures, boxes, self.features.side if self.features else 64)
+            seen = self.reader(pictures)
+            values = measures(seen, pictures, data.want, data.scenes, self.reader.limb_pairs)
+            for k, boxes in dict(people=seen.people, faces=seen.faces).items():
+                regions[k] = cut(pictures, boxes, self.features.side if self.features else 64)
         if self.clip:
-            try: values["clip_score"] = clip_score(pictures, data.prompts, device=self.clip); self.named["clip_score"] = "CLIP ViT-B/16"
-            except FileNotFoundError as e: self.notes.append(str(e)); self.clip = None
-        feats = {k: (self.features(x), who) for k, (x, who) in regions.items()} if self.features else {}
+            try:
+                values["clip_score"] = clip_score(pictures, data.prompts, device=self.clip)
+                self.named["clip_score"] = "CLIP ViT-B/16"
+            except FileNotFoundError as e:
+                self.notes.append(str(e))
+                self.clip = None
+        feats = (
+            {k: (self.features(x), who) for k, (x, who) in regions.items()} if self.features else {}
+        )
         return values | (dict(diversity=diversity(feats["whole"][0])) if feats else {}), feats
 
 # %% ../nbs/06_evaluate.ipynb #867038bb
-def evaluate(runs,                # run folders or Hub ids that share a base
-             protocol="quick",    # a key of `PROTOCOLS`
-             n=None,              # prompts; None: the protocol's
-             n_ref=2000,          # pictures of the reference set
-             out=None,            # folder; None: runs/eval-PROTOCOL
-             seed=0,              # of the noise
-             weights=None,        # FID's Inception
-             device=None,         # a GPU if there is one
-             models=None, config=None, where=None, # instead of `runs`: pipelines ("base" among them), a config.json and a data.json
-            ): # dict, also written to evaluation.json
+def evaluate(
+    runs,  # run folders or Hub ids that share a base
+    protocol="quick",  # a key of `PROTOCOLS`
+    n=None,  # prompts; None: the protocol's
+    n_ref=2000,  # pictures of the reference set
+    out=None,  # folder; None: runs/eval-PROTOCOL
+    seed=0,  # of the noise
+    weights=None,  # FID's Inception
+    device=None,  # a GPU if there is one
+    models=None,
+    config=None,
+    where=None,  # instead of `runs`: pipelines ("base" among them), a config.json and a data.json
+):  # dict, also written to evaluation.json
     "Draw, judge and compare; writes set.json and pictures (for the study), evaluation.json, grid.png and failures.png. Raises ValueError or FileNotFoundError with what is wrong."
-    _check(protocol, n, n_ref); device, out = device or ("cuda" if torch.cuda.is_available() else "cpu"), Path(out or f"runs/eval-{protocol}")
-    given = dict(protocol=protocol, n=n, reference=n_ref, seed=seed, inception=weights); configs = {"base": None}
+    _check(protocol, n, n_ref)
+    device, out = (
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        Path(out or f"runs/eval-{protocol}"),
+    )
+    given = dict(protocol=protocol, n=n, reference=n_ref, seed=seed, inception=weights)
+    configs = {"base": None}
     if models is None:
-        models, folders = load_models(runs, device=device), [find_run(r) for r in runs]; config, where = (_json(folders[0]/f) for f in ("config.json", "data.json"))
-        configs |= {k: _json(f/"config.json") for k, f in zip(list(models)[1:], folders)}
-    p = dict(PROTOCOLS[protocol]); usual = p.pop("n"); n = n or usual; p["guidance"] = p["guidance"] or config.get("guidance_scale", 3.)
-    data = held_out(config, where, n, n_ref); files = picture_set(models, data.prompts, out, seed, **p); judges = Judges(data.scenes is not None, weights, device)
-    pictures = dict(real=data.real) | {k: [Image.open(f).convert("RGB") for f in v] for k, v in files.items()}; judged = {k: judges(v, data) for k, v in pictures.items()}
-    report = dict(what="pictures of held-out prompts, judged", command=command(runs, **given) if runs else None, runs={k: run_settings(c) for k, c in configs.items() if c}, weights=_json(out/"set.json")["models"])
-    report |= dict(protocol=protocol, n=len(data.prompts), seed=seed, settings=p) | _numbers(judged, judges, data, out) | dict(paper_rows={k: paper_row(c) for k, c in configs.items()})
-    how = dict(n=min(n, 64), levels=[20, 60, 100, 200, 400], seed=seed + 1); one_step, notes = judge_runs(dict(zip(list(models)[1:], folders)), device=device, **how) if runs else ({}, [])
-    report |= dict(one_step=one_step, one_step_settings=how, notes=judges.notes + notes, provenance=provenance(device))
-    (out/"evaluation.json").write_text(json.dumps(report, indent=1)); compare_grid(models, PROMPTS, seed, **p).save(out/"grid.png"); failures(pictures, judged, data.prompts)[0].save(out/"failures.png")
+        models, folders = load_models(runs, device=device), [find_run(r) for r in runs]
+        config, where = (_json(folders[0] / f) for f in ("config.json", "data.json"))
+        configs |= {k: _json(f / "config.json") for k, f in zip(list(models)[1:], folders)}
+    p = dict(PROTOCOLS[protocol])
+    usual = p.pop("n")
+    n = n or usual
+    p["guidance"] = p["guidance"] or config.get("guidance_scale", 3.0)
+    data = held_out(config, where, n, n_ref)
+    files = picture_set(models, data.prompts, out, seed, **p)
+    judges = Judges(data.scenes is not None, weights, device)
+    pictures = dict(real=data.real) | {
+        k: [Image.open(f).convert("RGB") for f in v] for k, v in files.items()
+    }
+    judged = {k: judges(v, data) for k, v in pictures.items()}
+    report = dict(
+        what="pictures of held-out prompts, judged",
+        command=command(runs, **given) if runs else None,
+        runs={k: run_settings(c) for k, c in configs.items() if c},
+        weights=_json(out / "set.json")["models"],
+    )
+    report |= (
+        dict(protocol=protocol, n=len(data.prompts), seed=seed, settings=p)
+        | _numbers(judged, judges, data, out)
+        | dict(paper_rows={k: paper_row(c) for k, c in configs.items()})
+    )
+    how = dict(n=min(n, 64), levels=[20, 60, 100, 200, 400], seed=seed + 1)
+    one_step, notes = (
+        judge_runs(dict(zip(list(models)[1:], folders)), device=device, **how) if runs else ({}, [])
+    )
+    report |= dict(
+        one_step=one_step,
+        one_step_settings=how,
+        notes=judges.notes + notes,
+        provenance=provenance(device),
+    )
+    (out / "evaluation.json").write_text(json.dumps(report, indent=1))
+    compare_grid(models, PROMPTS, seed, **p).save(out / "grid.png")
+    failures(pictures, judged, data.prompts)[0].save(out / "failures.png")
     return report
 
 # %% ../nbs/06_evaluate.ipynb #76dd5831
-def _json(path): return json.loads(path.read_text()) if path.is_file() else {}
+def _json(path):
+    return json.loads(path.read_text()) if path.is_file() else {}
+
 
 def _check(protocol, n, n_ref):
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     for k, v in dict(n=n, reference=n_ref).items():
-        if v is not None and v < 2: raise ValueError(f"{k} must be 2 pictures or more, not {v}")
+        if v is not None and v < 2:
+            raise ValueError(f"{k} must be 2 pictures or more, not {v}")
 
-def _references(judges, data, out): # ({region: features}, record)
-    if not judges.features: return {}, dict(n=len(data.reference))
+
+def _references(judges, data, out):  # ({region: features}, record)
+    if not judges.features:
+        return {}, dict(n=len(data.reference))
     regions = dict(whole=data.reference)
-    if judges.reader: seen = judges.reader(data.reference); regions |= {k: cut(data.reference, b, judges.features.side)[0] for k, b in dict(people=seen.people, faces=seen.faces).items()}
-    got = {k: reference(judges.features, x, out/"cache", k) for k, x in regions.items() if len(x)}
+    if judges.reader:
+        seen = judges.reader(data.reference)
+        regions |= {
+            k: cut(data.reference, b, judges.features.side)[0]
+            for k, b in dict(people=seen.people, faces=seen.faces).items()
+        }
+    got = {k: reference(judges.features, x, out / "cache", k) for k, x in regions.items() if len(x)}
     return {k: f for k, (f, _) in got.items()}, {k: r for k, (_, r) in got.items()}
 
-def _numbers(judged, judges, data, out): # every number of a report
-    refs, record = _references(judges, data, out); feats = {k: f for k, (_, f) in judged.items()}
-    side = judges.features.side if judges.features else 0; resize = f"antialiased bicubic to {side} pixels, rounded to 8 bits; nothing for pictures of that size" if side else None
-    return dict(judge=judges.features.title if judges.features else None, judges=judges.named, resize=resize, reference_is=data.reference_is, reference=record, models={k: {m: interval(v) for m, v in values.items()} for k, (values, _) in judged.items()},
-                paired=measure_pairs({k: v for k, (v, _) in judged.items()}), distances=distance_table(feats, refs), distance_pairs=distance_pairs(feats, refs))
+
+def _numbers(judged, judges, data, out):  # every number of a report
+    refs, record = _references(judges, data, out)
+    feats = {k: f for k, (_, f) in judged.items()}
+    side = judges.features.side if judges.features else 0
+    resize = (
+        f"antialiased bicubic to {side} pixels, rounded to 8 bits; nothing for pictures of that size"
+        if side
+        else None
+    )
+    return dict(
+        judge=judges.features.title if judges.features else None,
+        judges=judges.named,
+        resize=resize,
+        reference_is=data.reference_is,
+        reference=record,
+        models={
+            k: {m: interval(v) for m, v in values.items()} for k, (values, _) in judged.items()
+        },
+        paired=measure_pairs({k: v for k, (v, _) in judged.items()}),
+        distances=distance_table(feats, refs),
+        distance_pairs=distance_pairs(feats, refs),
+    )
 
 # %% ../nbs/06_evaluate.ipynb #c406e74c
-def failures(pictures, # {name: PIL images}, "real" first
-             judged,   # {name: ({measure: (N,)}, ...)}
-             prompts,  # texts
-             k=6):     # columns
+def failures(
+    pictures,  # {name: PIL images}, "real" first
+    judged,  # {name: ({measure: (N,)}, ...)}
+    prompts,  # texts
+    k=6,
+):  # columns
     "(grid, measure, indices): the prompts on which the last model scores lowest, by the broadest measure there is."
-    last = list(pictures)[-1]; values = judged[last][0]; by = next((m for m in ("attributes", "clip_score", "face_confidence", "diversity") if m in values), None)
+    last = list(pictures)[-1]
+    values = judged[last][0]
+    by = next(
+        (m for m in ("attributes", "clip_score", "face_confidence", "diversity") if m in values),
+        None,
+    )
     pick = worst(values[by], k) if by else list(range(min(k, len(prompts))))
-    return picture_grid([[v[i] for i in pick] for v in pictures.values()], list(pictures), [prompts[i] for i in pick], 2 if pictures[last][0].width <= 128 else 1), by, pick
+    return (
+        picture_grid(
+            [[v[i] for i in pick] for v in pictures.values()],
+            list(pictures),
+            [prompts[i] for i in pick],
+            2 if pictures[last][0].width <= 128 else 1,
+        ),
+        by,
+        pick,
+    )
 
 # %% ../nbs/06_evaluate.ipynb #7cf2ca9f
-def format_one_step(one_step): # of a report
+def format_one_step(one_step):  # of a report
     "The one-step tables as text; the columns carry the names of the two models."
     out = []
-    for pair, m in one_step.items(): b, a = pair.split(" minus "); out += [pair, format_metrics(dict(one_step=m)).replace("     base    model", f"{a[:8]:>9s}{b[:8]:>9s}", 1)]
+    for pair, m in one_step.items():
+        b, a = pair.split(" minus ")
+        out += [
+            pair,
+            format_metrics(dict(one_step=m)).replace(
+                "     base    model", f"{a[:8]:>9s}{b[:8]:>9s}", 1
+            ),
+        ]
     return "\n".join(out)
 
 # %% ../nbs/06_evaluate.ipynb #c8d00cc8
-def main(argv=None): # command line; None: sys.argv
+def main(argv=None):  # command line; None: sys.argv
     "Judge runs against their base and each other: table, grid, failures, and pairs for a blind vote."
-    ap = argparse.ArgumentParser(prog="masked-ldm-eval", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("runs", nargs="+", help="run folders or Hub ids of one base, the baseline first")
-    ap.add_argument("--protocol", choices=list(PROTOCOLS), default="quick", help="; ".join(f"{k}: {v['n']} prompts, {v['scheduler']} {v['steps']} steps" for k, v in PROTOCOLS.items()))
-    ap.add_argument("--n", type=int, help="prompts, if not the protocol's"); ap.add_argument("--reference", type=int, default=2000, help="pictures of the reference set")
-    ap.add_argument("--out", help="folder; runs/eval-PROTOCOL if not given"); ap.add_argument("--seed", type=int, default=0, help="of the noise of drawn pictures; the one-step judges take the next")
-    ap.add_argument("--inception", help="file with FID's Inception weights"); a = ap.parse_args(argv); out = Path(a.out or f"runs/eval-{a.protocol}")
-    try: r = evaluate(a.runs, a.protocol, a.n, a.reference, out, a.seed, a.inception)
-    except (OSError, ValueError) as e: raise SystemExit(f"masked-ldm-eval: {e}")
-    print(format_report(r)); print(); print(table1(r)); print(); print(format_one_step(r["one_step"]))
-    print(f"\ntable: {out/'evaluation.json'}\ngrid of the paper's prompts: {out/'grid.png'}\nfailures, picked by number: {out/'failures.png'}")
-    print(f"{r['n']*(len(r['models'])-1)*(len(r['models'])-2)//2} pairs for a blind vote: masked-ldm-study {out} --n {r['n']}")
+    ap = argparse.ArgumentParser(
+        prog="masked-ldm-eval",
+        description=main.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    ap.add_argument(
+        "runs", nargs="+", help="run folders or Hub ids of one base, the baseline first"
+    )
+    ap.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="quick",
+        help="; ".join(
+            f"{k}: {v['n']} prompts, {v['scheduler']} {v['steps']} steps"
+            for k, v in PROTOCOLS.items()
+        ),
+    )
+    ap.add_argument("--n", type=int, help="prompts, if not the protocol's")
+    ap.add_argument("--reference", type=int, default=2000, help="pictures of the reference set")
+    ap.add_argument("--out", help="folder; runs/eval-PROTOCOL if not given")
+    ap.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the noise of drawn pictures; the one-step judges take the next",
+    )
+    ap.add_argument("--inception", help="file with FID's Inception weights")
+    a = ap.parse_args(argv)
+    out = Path(a.out or f"runs/eval-{a.protocol}")
+    try:
+        r = evaluate(a.runs, a.protocol, a.n, a.reference, out, a.seed, a.inception)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"masked-ldm-eval: {e}")
+    print(format_report(r))
+    print()
+    print(table1(r))
+    print()
+    print(format_one_step(r["one_step"]))
+    print(
+        f"\ntable: {out / 'evaluation.json'}\ngrid of the paper's prompts: {out / 'grid.png'}\nfailures, picked by number: {out / 'failures.png'}"
+    )
+    print(
+        f"{r['n'] * (len(r['models']) - 1) * (len(r['models']) - 2) // 2} pairs for a blind vote: masked-ldm-study {out} --n {r['n']}"
+    )

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import roi_align
+
 from .as_it_goes import as_it_goes
 from .faces import detect_faces
 
@@ -20,91 +21,163 @@ from .faces import detect_faces
 _all_ = ["detect_faces"]
 
 # %% ../nbs/04_face_loss.ipynb #b7984777
-def grow_boxes(boxes,  # (M,5)
-               margin, # share of the side added on each side
-               size,   # (H, W) of the images
-              ): # (M,5), ending at the edge of the picture
+def grow_boxes(
+    boxes,  # (M,5)
+    margin,  # share of the side added on each side
+    size,  # (H, W) of the images
+):  # (M,5), ending at the edge of the picture
     "Boxes with a margin."
-    d, end = (boxes[:, 3:] - boxes[:, 1:3])*margin, boxes.new_tensor([size[1], size[0]])
-    return torch.cat([boxes[:, :1], (boxes[:, 1:3]-d).clamp(min=0), torch.minimum(boxes[:, 3:]+d, end)], 1)
+    d, end = (boxes[:, 3:] - boxes[:, 1:3]) * margin, boxes.new_tensor([size[1], size[0]])
+    return torch.cat(
+        [boxes[:, :1], (boxes[:, 1:3] - d).clamp(min=0), torch.minimum(boxes[:, 3:] + d, end)], 1
+    )
 
-def crop_faces(x,        # (B,3,H,W)
-               boxes,    # (M,5) rows of (image number, x0, y0, x1, y1), pixels
-               size=160, # side of a crop, pixels
-               margin=0.,# share of the box's side added on each side
-              ): # (M,3,size,size), differentiable
+
+def crop_faces(
+    x,  # (B,3,H,W)
+    boxes,  # (M,5) rows of (image number, x0, y0, x1, y1), pixels
+    size=160,  # side of a crop, pixels
+    margin=0.0,  # share of the box's side added on each side
+):  # (M,3,size,size), differentiable
     "Face crops by roi_align, at least float32; a margin ends at the edge of the picture."
     boxes, x = boxes.to(torch.float32), x.to(torch.promote_types(torch.float32, x.dtype))
-    if margin: boxes = grow_boxes(boxes, margin, x.shape[-2:])
+    if margin:
+        boxes = grow_boxes(boxes, margin, x.shape[-2:])
     return roi_align(x, boxes.to(x.dtype), size, aligned=True)
 
 # %% ../nbs/04_face_loss.ipynb #f47fc081
-FACE_LAYERS = ("conv2d_2b", "conv2d_4b", "repeat_1", "repeat_2", "repeat_3")  # InceptionResnetV1, from edges to identity
+FACE_LAYERS = (
+    "conv2d_2b",
+    "conv2d_4b",
+    "repeat_1",
+    "repeat_2",
+    "repeat_3",
+)  # InceptionResnetV1, from edges to identity
 
-def fold_batch_norms(net): # a frozen network in eval mode, whose parts have a `conv` and a `bn`
+
+def fold_batch_norms(net):  # a frozen network in eval mode, whose parts have a `conv` and a `bn`
     "Put every batch norm into the convolution before it, in place: the same numbers, fewer of them kept for backward; returns the network."
     for m in net.modules():
-        if isinstance(getattr(m, "conv", None), nn.Conv2d) and isinstance(getattr(m, "bn", None), nn.BatchNorm2d): m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
+        if isinstance(getattr(m, "conv", None), nn.Conv2d) and isinstance(
+            getattr(m, "bn", None), nn.BatchNorm2d
+        ):
+            m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
     return net
 
-def load_face_net(name="vggface2"): # "vggface2" or "casia-webface"
+
+def load_face_net(name="vggface2"):  # "vggface2" or "casia-webface"
     "facenet-pytorch's trained `InceptionResnetV1`. Raises FileNotFoundError when its weights can be neither found nor downloaded."
-    if name not in ("vggface2", "casia-webface"): raise ValueError(f"face net {name!r} is not one of vggface2, casia-webface")
-    try: return fold_batch_norms(InceptionResnetV1(pretrained=name).eval())
+    if name not in ("vggface2", "casia-webface"):
+        raise ValueError(f"face net {name!r} is not one of vggface2, casia-webface")
+    try:
+        return fold_batch_norms(InceptionResnetV1(pretrained=name).eval())
     except OSError as e:
-        raise FileNotFoundError(f"the face loss needs facenet-pytorch's {name} weights, which are neither in {torch.hub.get_dir()}/../checkpoints nor could be downloaded ({type(e).__name__}); "
-                                "get them from the releases page of github.com/timesler/facenet-pytorch") from None
+        raise FileNotFoundError(
+            f"the face loss needs facenet-pytorch's {name} weights, which are neither in {torch.hub.get_dir()}/../checkpoints nor could be downloaded ({type(e).__name__}); "
+            "get them from the releases page of github.com/timesler/facenet-pytorch"
+        ) from None
 
 # %% ../nbs/04_face_loss.ipynb #181c4a63
 class _Enough(Exception):
     "All layers that are asked for have run."
 
+
 class _Taps(nn.Module):
     "A network that returns the outputs of the named layers."
+
     def __init__(self, net, layers):
         super().__init__()
         self.net, self.layers, known = net, tuple(layers), dict(net.named_modules())
         for name in self.layers:
-            if name not in known: raise ValueError(f"the face network has no layer {name!r}; it has {', '.join(n for n, _ in net.named_children())}")
+            if name not in known:
+                raise ValueError(
+                    f"the face network has no layer {name!r}; it has {', '.join(n for n, _ in net.named_children())}"
+                )
+
     def forward(self, x):
         "Hooks live for one call, so a network may serve several losses; copies, since the next layer may work in place; what comes after the last layer is not run."
         got, known = {}, dict(self.net.named_modules())
+
         def keep(k, out):
             got[k] = out.clone()
-            if len(got) == len(self.layers): raise _Enough
-        hooks = [known[k].register_forward_hook(lambda m, i, o, k=k: keep(k, o)) for k in self.layers]
-        try: self.net(x)
-        except _Enough: return [got[k] for k in self.layers]
+            if len(got) == len(self.layers):
+                raise _Enough
+
+        hooks = [
+            known[k].register_forward_hook(lambda m, i, o, k=k: keep(k, o)) for k in self.layers
+        ]
+        try:
+            self.net(x)
+        except _Enough:
+            return [got[k] for k in self.layers]
         finally:
-            for h in hooks: h.remove()
-        raise ValueError(f"the face network did not run its layer {next(k for k in self.layers if k not in got)!r}")
+            for h in hooks:
+                h.remove()
+        raise ValueError(
+            f"the face network did not run its layer {next(k for k in self.layers if k not in got)!r}"
+        )
 
 # %% ../nbs/04_face_loss.ipynb #3014e261
-MAKE_A_SCENE = (.1, .0025, .025, .05, .005)  # conv1, layer1 to layer4 of a VGGFace2 ResNet-50, in the paper's code
+MAKE_A_SCENE = (
+    0.1,
+    0.0025,
+    0.025,
+    0.05,
+    0.005,
+)  # conv1, layer1 to layer4 of a VGGFace2 ResNet-50, in the paper's code
+
 
 class FaceLoss(nn.Module):
     "Feature distance of face crops: Eq. (1). Differentiable once, towards `pred` only. Raises ValueError for weights or layers that do not fit the network."
-    def __init__(self, net="vggface2",   # a name for `load_face_net`, or any module (M,3,size,size) -> anything, of which `layers` are tapped
-                 layers=None,            # names of submodules to compare; None: `FACE_LAYERS`, or the module's own `face_layers`
-                 weights=None,           # one alpha a layer, or "make-a-scene"; None: 1/L until `calibrate`, or the module's own `face_weights`
-                 size=None,              # side of the crops the network sees, pixels; None: 160, or the module's own `face_size`
-                 min_size=8,             # faces narrower or lower than this many pixels are left out
-                 max_faces=8,            # at most so many an image, the largest ones
-                 margin=0.,              # share of the box's side added on each side
-                 at_once=2):             # faces that go through the network together: what memory is needed for
+
+    def __init__(
+        self,
+        net="vggface2",  # a name for `load_face_net`, or any module (M,3,size,size) -> anything, of which `layers` are tapped
+        layers=None,  # names of submodules to compare; None: `FACE_LAYERS`, or the module's own `face_layers`
+        weights=None,  # one alpha a layer, or "make-a-scene"; None: 1/L until `calibrate`, or the module's own `face_weights`
+        size=None,  # side of the crops the network sees, pixels; None: 160, or the module's own `face_size`
+        min_size=8,  # faces narrower or lower than this many pixels are left out
+        max_faces=8,  # at most so many an image, the largest ones
+        margin=0.0,  # share of the box's side added on each side
+        at_once=2,
+    ):  # faces that go through the network together: what memory is needed for
         super().__init__()
         net = load_face_net(net) if isinstance(net, str) else net
-        own = lambda key, default: getattr(net, key, None) if getattr(net, key, None) is not None else default
-        self.layers = tuple(layers or own("face_layers", FACE_LAYERS)); self.size = size or own("face_size", 160)
-        self.taps, self.min_size, self.max_faces, self.margin, self.at_once = _Taps(net, self.layers), min_size, max_faces, margin, at_once
+
+        def own(key, default):
+            return getattr(net, key, None) if getattr(net, key, None) is not None else default
+
+        self.layers = tuple(layers or own("face_layers", FACE_LAYERS))
+        self.size = size or own("face_size", 160)
+        self.taps, self.min_size, self.max_faces, self.margin, self.at_once = (
+            _Taps(net, self.layers),
+            min_size,
+            max_faces,
+            margin,
+            at_once,
+        )
         if isinstance(weights, str):
-            if weights != "make-a-scene": raise ValueError(f"weights must be one number a layer or 'make-a-scene', not {weights!r}")
+            if weights != "make-a-scene":
+                raise ValueError(
+                    f"weights must be one number a layer or 'make-a-scene', not {weights!r}"
+                )
             weights = MAKE_A_SCENE
-        weights = torch.as_tensor(weights if weights is not None else own("face_weights", [1/len(self.layers)]*len(self.layers)), dtype=torch.float32)
-        if len(set(self.layers)) < len(self.layers): raise ValueError(f"layers names one twice: {', '.join(self.layers)}")
-        if at_once < 1: raise ValueError(f"at_once must be 1 or more faces, not {at_once}")
-        if len(weights) != len(self.layers): raise ValueError(f"{len(weights)} weights for {len(self.layers)} layers ({', '.join(self.layers)})")
-        if not (weights >= 0).all(): raise ValueError(f"weights must be 0 or more, not {weights.tolist()}")
+        weights = torch.as_tensor(
+            weights
+            if weights is not None
+            else own("face_weights", [1 / len(self.layers)] * len(self.layers)),
+            dtype=torch.float32,
+        )
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers names one twice: {', '.join(self.layers)}")
+        if at_once < 1:
+            raise ValueError(f"at_once must be 1 or more faces, not {at_once}")
+        if len(weights) != len(self.layers):
+            raise ValueError(
+                f"{len(weights)} weights for {len(self.layers)} layers ({', '.join(self.layers)})"
+            )
+        if not (weights >= 0).all():
+            raise ValueError(f"weights must be 0 or more, not {weights.tolist()}")
         self.register_buffer("weights", weights)
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
@@ -114,80 +187,141 @@ class FaceLoss(nn.Module):
 
     def crops(self, x, boxes):
         "(M,3,size,size) crops of (B,3,H,W) RGB in [-1,1], at the range and the precision the network was trained for."
-        c = crop_faces(x, boxes, self.size, self.margin)*(127.5/128); p = next(self.taps.parameters(), c)
-        return (c if torch.is_autocast_enabled(c.device.type) else c.to(p.dtype)).contiguous(memory_format=torch.channels_last)
+        c = crop_faces(x, boxes, self.size, self.margin) * (127.5 / 128)
+        p = next(self.taps.parameters(), c)
+        return (c if torch.is_autocast_enabled(c.device.type) else c.to(p.dtype)).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def features(self, x, boxes):
         "Per layer (M,...) features of the crops of (B,3,H,W) RGB in [-1,1]."
         return self.taps(self.crops(x, boxes))
 
 # %% ../nbs/04_face_loss.ipynb #1e3d5845
-def check_boxes(boxes, # anything
-                n,     # pictures
-               ): # the boxes
+def check_boxes(
+    boxes,  # anything
+    n,  # pictures
+):  # the boxes
     "Raises ValueError for what is not (M,5) rows of (image number, x0, y0, x1, y1), finite, of images 0 to n-1."
-    if boxes.ndim != 2 or boxes.shape[1] != 5: raise ValueError(f"boxes must be (M,5) rows of (image number, x0, y0, x1, y1), not {tuple(boxes.shape)}")
-    i = boxes[:, 0]; bad = ~boxes.isfinite().all(1) | (i < 0) | (i >= n) | (i != i.floor())
-    if bad.any(): raise ValueError(f"boxes: row {int(bad.nonzero()[0])} is {boxes[bad][0].tolist()}, but must be finite and begin with the number of one of the {n} pictures")
+    if boxes.ndim != 2 or boxes.shape[1] != 5:
+        raise ValueError(
+            f"boxes must be (M,5) rows of (image number, x0, y0, x1, y1), not {tuple(boxes.shape)}"
+        )
+    i = boxes[:, 0]
+    bad = ~boxes.isfinite().all(1) | (i < 0) | (i >= n) | (i != i.floor())
+    if bad.any():
+        raise ValueError(
+            f"boxes: row {int(bad.nonzero()[0])} is {boxes[bad][0].tolist()}, but must be finite and begin with the number of one of the {n} pictures"
+        )
     return boxes
 
+
 @patch
-def usable(self:FaceLoss, boxes, # (M,5)
-           size,                 # (H, W) of the images
-          ): # (M',5): clipped to the image, large enough, at most `max_faces` an image
+def usable(
+    self: FaceLoss,
+    boxes,  # (M,5)
+    size,  # (H, W) of the images
+):  # (M',5): clipped to the image, large enough, at most `max_faces` an image
     "The boxes that count. The cap takes rows, so it cannot part a prediction from its truth."
-    boxes = boxes.clone(); H, W = size
-    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, W); boxes[:, 2::2] = boxes[:, 2::2].clamp(0, H)
-    wh = boxes[:, 3:] - boxes[:, 1:3]; ok = (wh >= self.min_size).all(1); boxes, area = boxes[ok], wh[ok].prod(1)
-    order = area.argsort(descending=True, stable=True); rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)   # 0 is the largest face of the batch
+    boxes = boxes.clone()
+    H, W = size
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, W)
+    boxes[:, 2::2] = boxes[:, 2::2].clamp(0, H)
+    wh = boxes[:, 3:] - boxes[:, 1:3]
+    ok = (wh >= self.min_size).all(1)
+    boxes, area = boxes[ok], wh[ok].prod(1)
+    order = area.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(
+        len(order), device=order.device
+    )  # 0 is the largest face of the batch
     before = (boxes[:, None, 0] == boxes[None, :, 0]) & (rank[None] < rank[:, None])
     return boxes[before.sum(1) < self.max_faces]
 
 # %% ../nbs/04_face_loss.ipynb #6c1eb9da
 def _apart(p, t):
     "(L,M) mean absolute differences of two lists of (M,...) features, float32 or wider."
-    wide = lambda f: f.to(torch.promote_types(torch.float32, f.dtype))
+
+    def wide(f):
+        return f.to(torch.promote_types(torch.float32, f.dtype))
+
     return torch.stack([(wide(a) - wide(b)).abs().flatten(1).mean(1) for a, b in zip(p, t)])
 
-@patch
-def distances(self:FaceLoss, pred, # (B,3,H,W) RGB in [-1,1]
-              target,              # (B,3,H,W) RGB in [-1,1]; no gradient goes here
-              boxes,               # (M,5) usable boxes
-             ): # (L,M): mean absolute difference of the features, layer by layer and face by face
-    "What Eq. (1) weighs and sums."
-    with torch.no_grad(): ft = self.features(target, boxes)
-    return _apart(self.features(pred, boxes), ft)
 
 @patch
-def forward(self:FaceLoss, pred, # (B,3,H,W) RGB in [-1,1]
-            target,              # (B,3,H,W) RGB in [-1,1]; no gradient goes here
-            boxes,               # (M,5) rows of (image number, x0, y0, x1, y1), pixels
-           ): # (B,) mean over the image's faces; 0 and gradient 0 for an image without usable faces
+def distances(
+    self: FaceLoss,
+    pred,  # (B,3,H,W) RGB in [-1,1]
+    target,  # (B,3,H,W) RGB in [-1,1]; no gradient goes here
+    boxes,  # (M,5) usable boxes
+):  # (L,M): mean absolute difference of the features, layer by layer and face by face
+    "What Eq. (1) weighs and sums."
+    with torch.no_grad():
+        ft = self.features(target, boxes)
+    return _apart(self.features(pred, boxes), ft)
+
+
+@patch
+def forward(
+    self: FaceLoss,
+    pred,  # (B,3,H,W) RGB in [-1,1]
+    target,  # (B,3,H,W) RGB in [-1,1]; no gradient goes here
+    boxes,  # (M,5) rows of (image number, x0, y0, x1, y1), pixels
+):  # (B,) mean over the image's faces; 0 and gradient 0 for an image without usable faces
     "Face distance per image. Raises ValueError for boxes and pictures that do not fit."
-    if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != 3: raise ValueError(f"pred and target must both be (B,3,H,W), not {tuple(pred.shape)} and {tuple(target.shape)}")
-    self.taps.eval()   # whoever owns the network may have called train()
-    boxes, out = self.usable(check_boxes(boxes, len(pred)), pred.shape[-2:]), pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype))
-    if not len(boxes): return as_it_goes(pred, iter(()))   # 0, with a graph, so that backward() may be called
+    if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != 3:
+        raise ValueError(
+            f"pred and target must both be (B,3,H,W), not {tuple(pred.shape)} and {tuple(target.shape)}"
+        )
+    self.taps.eval()  # whoever owns the network may have called train()
+    boxes, out = (
+        self.usable(check_boxes(boxes, len(pred)), pred.shape[-2:]),
+        pred.new_zeros(len(pred), dtype=torch.promote_types(torch.float32, pred.dtype)),
+    )
+    if not len(boxes):
+        return as_it_goes(pred, iter(()))  # 0, with a graph, so that backward() may be called
     ours = self.crops(pred, boxes)
-    with torch.no_grad(): truth = [torch.cat(f) for f in zip(*map(self.taps, self.crops(target, boxes).split(self.at_once)))]
-    def eq1(rows): # a function of crops: (n,3,size,size) to (n,)
-        def f(c): d = _apart(self.taps(c), [t[rows] for t in truth]); return (self.weights.to(d)[:, None]*d).sum(0)                  # Eq. (1)
+    with torch.no_grad():
+        truth = [
+            torch.cat(f)
+            for f in zip(*map(self.taps, self.crops(target, boxes).split(self.at_once)))
+        ]
+
+    def eq1(rows):  # a function of crops: (n,3,size,size) to (n,)
+        def f(c):
+            d = _apart(self.taps(c), [t[rows] for t in truth])
+            return (self.weights.to(d)[:, None] * d).sum(0)  # Eq. (1)
+
         return f
-    d = as_it_goes(ours, ((r, ..., eq1(r)) for r in torch.arange(len(boxes), device=boxes.device).split(self.at_once))).to(out)
-    idx = boxes[:, 0].long(); n = torch.zeros_like(out).index_add(0, idx, torch.ones_like(d))
-    return out.index_add(0, idx, d)/n.clamp(min=1)
+
+    d = as_it_goes(
+        ours,
+        (
+            (r, ..., eq1(r))
+            for r in torch.arange(len(boxes), device=boxes.device).split(self.at_once)
+        ),
+    ).to(out)
+    idx = boxes[:, 0].long()
+    n = torch.zeros_like(out).index_add(0, idx, torch.ones_like(d))
+    return out.index_add(0, idx, d) / n.clamp(min=1)
 
 # %% ../nbs/04_face_loss.ipynb #fb4bb464
 @patch
 @torch.no_grad()
-def calibrate(self:FaceLoss, images, # (B,3,H,W) RGB in [-1,1]
-              boxes,                 # (M,5), faces of different people
-             ): # the weights, as a list
+def calibrate(
+    self: FaceLoss,
+    images,  # (B,3,H,W) RGB in [-1,1]
+    boxes,  # (M,5), faces of different people
+):  # the weights, as a list
     "Set the alphas of Eq. (1): every layer contributes equally, and two different faces are 1 apart on average. Raises ValueError for fewer than 2 faces, or a layer that tells none apart."
     boxes = self.usable(check_boxes(boxes, len(images)), images.shape[-2:])
-    if len(boxes) < 2: raise ValueError(f"calibration needs at least 2 usable faces, found {len(boxes)}")
-    feats = [torch.cat(f) for f in zip(*map(self.taps, self.crops(images, boxes).split(8)))]; d = [(f.float() - f.float().roll(1, 0)).abs().mean() for f in feats]
-    if dull := [k for k, v in zip(self.layers, d) if not v > 1e-12]: raise ValueError(f"layer {dull[0]!r} of the face network gives the same features for all {len(boxes)} faces: it cannot be calibrated")
-    self.weights.copy_(torch.stack([1/(len(d)*v) for v in d]))
+    if len(boxes) < 2:
+        raise ValueError(f"calibration needs at least 2 usable faces, found {len(boxes)}")
+    feats = [torch.cat(f) for f in zip(*map(self.taps, self.crops(images, boxes).split(8)))]
+    d = [(f.float() - f.float().roll(1, 0)).abs().mean() for f in feats]
+    if dull := [k for k, v in zip(self.layers, d) if not v > 1e-12]:
+        raise ValueError(
+            f"layer {dull[0]!r} of the face network gives the same features for all {len(boxes)} faces: it cannot be calibrated"
+        )
+    self.weights.copy_(torch.stack([1 / (len(d) * v) for v in d]))
     return self.weights.tolist()

@@ -7,96 +7,158 @@ __all__ = ['PASS_VERSION', 'CHUNK', 'chunks', 'chunk_key', 'look_at_chunk', 'chu
            'parse_shard', 'face_pass', 'merge_faces']
 
 # %% ../nbs/01d_face_pass.ipynb #5f18bb5c
-import hashlib, json, os
+import hashlib
+import json
+import os
 from dataclasses import asdict
 from pathlib import Path
+
 from .faces import FaceRule, _batches, find_faces
 from .pictures import PictureError, read_picture
 from .show import progress
 
 # %% ../nbs/01d_face_pass.ipynb #740f6b41
-PASS_VERSION = 1   # of what a chunk holds, and how it is found
-CHUNK = 64         # pictures
+PASS_VERSION = 1  # of what a chunk holds, and how it is found
+CHUNK = 64  # pictures
 
-def chunks(rows): # manifest rows, with the `file_name` in the picture folder
+
+def chunks(rows):  # manifest rows, with the `file_name` in the picture folder
     "The rows, cut every `CHUNK`."
-    return [rows[i:i+CHUNK] for i in range(0, len(rows), CHUNK)]
+    return [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
 
-def chunk_key(rows,   # of one chunk
-              folder, # of the pictures
-              rule,   # `FaceRule`
-             ):       # 16 hex digits
+
+def chunk_key(
+    rows,  # of one chunk
+    folder,  # of the pictures
+    rule,  # `FaceRule`
+):  # 16 hex digits
     "The hash of what a chunk's content depends on."
+
     def of(r):
-        try: at = os.stat(Path(folder)/r["file_name"]); file = [at.st_size, at.st_mtime_ns]
-        except OSError: file = None
-        return [r["image_id"], r["file_name"], r["width"], r["height"], file, [p["segmentation"] for p in r["people"] if not p["iscrowd"]]]
-    return hashlib.sha256(json.dumps([PASS_VERSION, asdict(rule), [of(r) for r in rows]]).encode()).hexdigest()[:16]
+        try:
+            at = os.stat(Path(folder) / r["file_name"])
+            file = [at.st_size, at.st_mtime_ns]
+        except OSError:
+            file = None
+        return [
+            r["image_id"],
+            r["file_name"],
+            r["width"],
+            r["height"],
+            file,
+            [p["segmentation"] for p in r["people"] if not p["iscrowd"]],
+        ]
+
+    return hashlib.sha256(
+        json.dumps([PASS_VERSION, asdict(rule), [of(r) for r in rows]]).encode()
+    ).hexdigest()[:16]
 
 # %% ../nbs/01d_face_pass.ipynb #139ac57e
-def look_at_chunk(rows, folder, rule, device=None): # of one chunk; picture folder; `FaceRule`; None: a GPU if there is one
+def look_at_chunk(
+    rows, folder, rule, device=None
+):  # of one chunk; picture folder; `FaceRule`; None: a GPU if there is one
     "For each row dict(faces=[...]) or dict(wrong=what)."
-    out = [None]*len(rows)
+    out = [None] * len(rows)
     for ks in _batches([(r["width"], r["height"]) for r in rows], 16):
         images = {}
         for k in ks:
-            try: images[k] = read_picture(Path(folder)/rows[k]["file_name"], (rows[k]["width"], rows[k]["height"]))
-            except PictureError as e: out[k] = dict(wrong=e.reason)
-        for k, f in zip(images, find_faces([rows[k] for k in images], list(images.values()), rule, device)): out[k] = dict(faces=f)
+            try:
+                images[k] = read_picture(
+                    Path(folder) / rows[k]["file_name"], (rows[k]["width"], rows[k]["height"])
+                )
+            except PictureError as e:
+                out[k] = dict(wrong=e.reason)
+        for k, f in zip(
+            images, find_faces([rows[k] for k in images], list(images.values()), rule, device)
+        ):
+            out[k] = dict(faces=f)
     return out
 
 # %% ../nbs/01d_face_pass.ipynb #e530d483
-def chunk_path(work, k): return Path(work)/f"chunk-{k:05d}.json" # working folder; number of the chunk
+def chunk_path(work, k):
+    return Path(work) / f"chunk-{k:05d}.json"  # working folder; number of the chunk
 
-def write_chunk(path, key, results): # of the chunk; its key; from `look_at_chunk`
+
+def write_chunk(path, key, results):  # of the chunk; its key; from `look_at_chunk`
     "Write a chunk, whole or not at all."
-    body = json.dumps(results); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(dict(key=key, sha256=hashlib.sha256(body.encode()).hexdigest(), results=results))); os.replace(tmp, path)
+    body = json.dumps(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp.write_text(
+        json.dumps(dict(key=key, sha256=hashlib.sha256(body.encode()).hexdigest(), results=results))
+    )
+    os.replace(tmp, path)
 
-def read_chunk(path, key): # of the chunk; its key
+
+def read_chunk(path, key):  # of the chunk; its key
     "(results or None, why there are none)."
-    try: d = json.loads(path.read_text()); whole = hashlib.sha256(json.dumps(d["results"]).encode()).hexdigest() == d["sha256"]
-    except FileNotFoundError: return None, "missing"
-    except (OSError, ValueError, KeyError, TypeError): return None, "damaged"
-    return (d["results"], "") if whole and d["key"] == key else (None, "of other pictures or settings" if whole else "damaged")
+    try:
+        d = json.loads(path.read_text())
+        whole = hashlib.sha256(json.dumps(d["results"]).encode()).hexdigest() == d["sha256"]
+    except FileNotFoundError:
+        return None, "missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, "damaged"
+    return (
+        (d["results"], "")
+        if whole and d["key"] == key
+        else (None, "of other pictures or settings" if whole else "damaged")
+    )
 
 # %% ../nbs/01d_face_pass.ipynb #640eae5b
-def parse_shard(shard): # (i, n), "i/n", or None for everything
+def parse_shard(shard):  # (i, n), "i/n", or None for everything
     "(i, n) with 0 <= i < n. Raises ValueError for anything else."
-    try: i, n = (int(v) for v in (shard.split("/") if isinstance(shard, str) else shard or (0, 1)))
-    except (ValueError, TypeError): i, n = 0, 0
-    if not 0 <= i < n: raise ValueError(f"shard must be i/n with i from 0 to n-1, such as 0/8, not {shard!r}")
+    try:
+        i, n = (int(v) for v in (shard.split("/") if isinstance(shard, str) else shard or (0, 1)))
+    except (ValueError, TypeError):
+        i, n = 0, 0
+    if not 0 <= i < n:
+        raise ValueError(f"shard must be i/n with i from 0 to n-1, such as 0/8, not {shard!r}")
     return i, n
 
-def face_pass(rows,            # manifest rows, with the `file_name` in the picture folder
-              folder,          # of the pictures
-              work,            # folder of the chunks, shared by all shards
-              rule=FaceRule(), # which faces are kept
-              device=None,     # where MTCNN runs; None: a GPU if there is one
-              shard=None,      # (i, n) or "i/n": this share of the chunks; None: all
-              say=print,       # is told what is made again, and why
-             ):                # dict: chunks of this shard that were made, found and made again
+
+def face_pass(
+    rows,  # manifest rows, with the `file_name` in the picture folder
+    folder,  # of the pictures
+    work,  # folder of the chunks, shared by all shards
+    rule=FaceRule(),  # which faces are kept
+    device=None,  # where MTCNN runs; None: a GPU if there is one
+    shard=None,  # (i, n) or "i/n": this share of the chunks; None: all
+    say=print,  # is told what is made again, and why
+):  # dict: chunks of this shard that were made, found and made again
     "Find the faces of this shard's pictures; finished chunks stay."
     (i, n), parts, done = parse_shard(shard), chunks(rows), dict(made=0, found=0, again=0)
     for k in progress(range(i, len(parts), n), "faces"):
-        path, key = chunk_path(work, k), chunk_key(parts[k], folder, rule); results, why = read_chunk(path, key)
-        if results is not None: done["found"] += 1; continue
-        if why != "missing": say(f"{path} is {why}: it is made again"); done["again"] += 1
-        write_chunk(path, key, look_at_chunk(parts[k], folder, rule, device)); done["made"] += 1
+        path, key = chunk_path(work, k), chunk_key(parts[k], folder, rule)
+        results, why = read_chunk(path, key)
+        if results is not None:
+            done["found"] += 1
+            continue
+        if why != "missing":
+            say(f"{path} is {why}: it is made again")
+            done["again"] += 1
+        write_chunk(path, key, look_at_chunk(parts[k], folder, rule, device))
+        done["made"] += 1
     return done
 
 # %% ../nbs/01d_face_pass.ipynb #4438010b
-def merge_faces(rows,            # manifest rows, with the `file_name` in the picture folder
-                folder,          # of the pictures
-                work,            # folder of the chunks
-                rule=FaceRule(), # which faces were kept
-               ):                # for each row dict(faces=[...]) or dict(wrong=what)
+def merge_faces(
+    rows,  # manifest rows, with the `file_name` in the picture folder
+    folder,  # of the pictures
+    work,  # folder of the chunks
+    rule=FaceRule(),  # which faces were kept
+):  # for each row dict(faces=[...]) or dict(wrong=what)
     "The pass's result. Raises ValueError that names the chunks which are not there, damaged, or of something else."
     out, bad = [], []
     for k, part in enumerate(chunks(rows)):
         results, why = read_chunk(chunk_path(work, k), chunk_key(part, folder, rule))
-        if results is None: bad.append(f"{chunk_path(work, k).name} ({why})")
-        else: out += results
+        if results is None:
+            bad.append(f"{chunk_path(work, k).name} ({why})")
+        else:
+            out += results
     named = ", ".join(bad[:10]) + (", ..." if len(bad) > 10 else "")
-    if bad: raise ValueError(f"{work}: {len(bad)} of {len(chunks(rows))} chunks of the face pass cannot be used: {named}; run their shards again")
+    if bad:
+        raise ValueError(
+            f"{work}: {len(bad)} of {len(chunks(rows))} chunks of the face pass cannot be used: {named}; run their shards again"
+        )
     return out

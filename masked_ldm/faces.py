@@ -10,182 +10,305 @@ __all__ = ['FaceRule', 'check_device', 'detect_faces', 'on_people', 'people_mask
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-import numpy as np, torch
+
+import numpy as np
+import torch
 from facenet_pytorch import MTCNN
-from facenet_pytorch.models.utils.detect_face import bbreg, generateBoundingBox, imresample, nms_numpy, pad, rerec
+from facenet_pytorch.models.utils.detect_face import (
+    bbreg,
+    generateBoundingBox,
+    imresample,
+    nms_numpy,
+    pad,
+    rerec,
+)
 from pycocotools import mask as rle
 from torchvision.ops import box_iou, nms
+
 from .pictures import to_rgb
 
 # %% ../nbs/01c_faces.ipynb #7a6c4292
 @dataclass(frozen=True)
 class FaceRule:
     "Which of the detected faces are kept. Raises ValueError for values that cannot be."
-    min_face: int = 20        # smallest side of a face, pixels of the picture
-    min_score: float = .9     # MTCNN's confidence, 0 to 1
-    max_overlap: float = .5   # of two faces that overlap more than this (intersection over union) the surer one stays
-    on_person: float = .5     # share of the box that must lie on people's masks
+
+    min_face: int = 20  # smallest side of a face, pixels of the picture
+    min_score: float = 0.9  # MTCNN's confidence, 0 to 1
+    max_overlap: float = 0.5  # of two faces that overlap more than this (intersection over union) the surer one stays
+    on_person: float = 0.5  # share of the box that must lie on people's masks
 
     def __post_init__(self):
-        if type(self.min_face) is not int or self.min_face < 1: raise ValueError(f"min_face must be a whole number of pixels, 1 or more, not {self.min_face!r}")
+        if type(self.min_face) is not int or self.min_face < 1:
+            raise ValueError(
+                f"min_face must be a whole number of pixels, 1 or more, not {self.min_face!r}"
+            )
         for k in ("min_score", "max_overlap", "on_person"):
-            if not 0 <= getattr(self, k) <= 1: raise ValueError(f"{k} must be between 0 and 1, not {getattr(self, k)}")
+            if not 0 <= getattr(self, k) <= 1:
+                raise ValueError(f"{k} must be between 0 and 1, not {getattr(self, k)}")
 
 # %% ../nbs/01c_faces.ipynb #0b52a244
 @lru_cache(maxsize=4)
-def _mtcnn(min_face, device): return MTCNN(keep_all=True, min_face_size=min_face, device=torch.device(device))
+def _mtcnn(min_face, device):
+    return MTCNN(keep_all=True, min_face_size=min_face, device=torch.device(device))
 
-def _inside(b, w, h): # (n,5) boxes
+
+def _inside(b, w, h):  # (n,5) boxes
     "Those that touch the picture, in the library's 1-based pixels."
     y, ey, x, ex = (torch.from_numpy(v).to(b.device) for v in pad(b, w, h))
-    return b[(ey > y-1) & (ex > x-1)]
+    return b[(ey > y - 1) & (ex > x - 1)]
 
-def _crops(x, boxes, side): # (B,3,H,W); per picture (n,5)
+
+def _crops(x, boxes, side):  # (B,3,H,W); per picture (n,5)
     "Per picture (n,3,side,side), as R-Net and O-Net see the boxes."
+
     def cut(im, b):
-        if not len(b): return im.new_zeros(0, 3, side, side)
-        return torch.cat([imresample(im[None, :, y-1:ey, x0-1:ex], (side, side)) for y, ey, x0, ex in zip(*pad(b, im.shape[2], im.shape[1]))])
-    return [(cut(im, b) - 127.5)*.0078125 for im, b in zip(x, boxes)]
+        if not len(b):
+            return im.new_zeros(0, 3, side, side)
+        return torch.cat(
+            [
+                imresample(im[None, :, y - 1 : ey, x0 - 1 : ex], (side, side))
+                for y, ey, x0, ex in zip(*pad(b, im.shape[2], im.shape[1]))
+            ]
+        )
+
+    return [(cut(im, b) - 127.5) * 0.0078125 for im, b in zip(x, boxes)]
 
 # %% ../nbs/01c_faces.ipynb #188be81b
-def _propose(net, x): # MTCNN; (B,3,H,W) of 0 to 255
+def _propose(net, x):  # MTCNN; (B,3,H,W) of 0 to 255
     "P-Net: per picture (n,5) square proposals x0, y0, x1, y1, score."
-    (h, w), n, scale = x.shape[2:], len(x), 12/net.min_face_size; found = [[x.new_zeros(0, 9)] for _ in range(n)]
-    while min(h, w)*scale >= 12:
-        reg, prob = net.pnet((imresample(x, (int(h*scale+1), int(w*scale+1))) - 127.5)*.0078125)
+    (h, w), n, scale = x.shape[2:], len(x), 12 / net.min_face_size
+    found = [[x.new_zeros(0, 9)] for _ in range(n)]
+    while min(h, w) * scale >= 12:
+        reg, prob = net.pnet(
+            (imresample(x, (int(h * scale + 1), int(w * scale + 1))) - 127.5) * 0.0078125
+        )
         for k in range(n):
-            b, _ = generateBoundingBox(reg[k:k+1], prob[k:k+1, 1], scale, net.thresholds[0]); found[k].append(b[nms(b[:, :4], b[:, 4], .5)])
+            b, _ = generateBoundingBox(reg[k : k + 1], prob[k : k + 1, 1], scale, net.thresholds[0])
+            found[k].append(b[nms(b[:, :4], b[:, 4], 0.5)])
         scale *= net.factor
     out = []
     for f in found:
-        b = torch.cat(f); b = b[nms(b[:, :4], b[:, 4], .7)]; wh = (b[:, 2:4] - b[:, :2]).repeat(1, 2)
-        out.append(_inside(rerec(torch.cat([b[:, :4] + b[:, 5:]*wh, b[:, 4:5]], 1)), w, h))
+        b = torch.cat(f)
+        b = b[nms(b[:, :4], b[:, 4], 0.7)]
+        wh = (b[:, 2:4] - b[:, :2]).repeat(1, 2)
+        out.append(_inside(rerec(torch.cat([b[:, :4] + b[:, 5:] * wh, b[:, 4:5]], 1)), w, h))
     return out
 
-def _judge(net, x, boxes, side, threshold): # R-Net or O-Net; (B,3,H,W); per picture (n,5)
+
+def _judge(net, x, boxes, side, threshold):  # R-Net or O-Net; (B,3,H,W); per picture (n,5)
     "Per picture (boxes that pass (n,5), their corrections (n,4))."
-    crops = _crops(x, boxes, side); n = [len(c) for c in crops]
-    if not sum(n): return [(b, b[:, :4]) for b in boxes]
-    out = [net(c) for c in torch.cat(crops).split(512)]; reg, prob = torch.cat([o[0] for o in out]), torch.cat([o[-1] for o in out])[:, 1]
-    return [(torch.cat([b[p > threshold, :4], p[p > threshold, None]], 1), r[p > threshold]) for b, r, p in zip(boxes, reg.split(n), prob.split(n))]
+    crops = _crops(x, boxes, side)
+    n = [len(c) for c in crops]
+    if not sum(n):
+        return [(b, b[:, :4]) for b in boxes]
+    out = [net(c) for c in torch.cat(crops).split(512)]
+    reg, prob = torch.cat([o[0] for o in out]), torch.cat([o[-1] for o in out])[:, 1]
+    return [
+        (torch.cat([b[p > threshold, :4], p[p > threshold, None]], 1), r[p > threshold])
+        for b, r, p in zip(boxes, reg.split(n), prob.split(n))
+    ]
 
 # %% ../nbs/01c_faces.ipynb #04e710e5
-def _look(net, x): # MTCNN; (B,3,H,W) of 0 to 255
+def _look(net, x):  # MTCNN; (B,3,H,W) of 0 to 255
     "Per picture (n,5) faces, as the library finds in that picture alone."
-    h, w = x.shape[2:]; boxes = []
+    h, w = x.shape[2:]
+    boxes = []
     for b, r in _judge(net.rnet, x, _propose(net, x), 24, net.thresholds[1]):
-        pick = nms(b[:, :4], b[:, 4], .7); boxes.append(_inside(rerec(bbreg(b[pick], r[pick])), w, h) if len(b) else b)
+        pick = nms(b[:, :4], b[:, 4], 0.7)
+        boxes.append(_inside(rerec(bbreg(b[pick], r[pick])), w, h) if len(b) else b)
     out = []
     for b, r in _judge(net.onet, x, boxes, 48, net.thresholds[2]):
-        b = bbreg(b, r).cpu() if len(b) else b.cpu(); out.append(b[nms_numpy(b[:, :4].numpy(), b[:, 4].numpy(), .7, "Min")] if len(b) else b)
+        b = bbreg(b, r).cpu() if len(b) else b.cpu()
+        out.append(b[nms_numpy(b[:, :4].numpy(), b[:, 4].numpy(), 0.7, "Min")] if len(b) else b)
     return out
 
 # %% ../nbs/01c_faces.ipynb #67f2ca1d
-def check_device(device=None): # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
+def check_device(device=None):  # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
     "The device's name, tried out. Raises ValueError for one that cannot be used."
     name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    try: torch.zeros(1, device=name).tolist()
-    except Exception: raise ValueError(f"device {name!r} is not there or cannot be used by this torch; cpu always is") from None
+    try:
+        torch.zeros(1, device=name).tolist()
+    except Exception:
+        raise ValueError(
+            f"device {name!r} is not there or cannot be used by this torch; cpu always is"
+        ) from None
     return name
 
 # %% ../nbs/01c_faces.ipynb #7d4e1e6f
-def _batches(sizes, batch_size): # (w, h) of each picture; pictures of 640 x 480 in a batch
+def _batches(sizes, batch_size):  # (w, h) of each picture; pictures of 640 x 480 in a batch
     "Lists of numbers of pictures of one size, in order."
     by = defaultdict(list)
-    for k, s in enumerate(sizes): by[tuple(s)].append(k)
+    for k, s in enumerate(sizes):
+        by[tuple(s)].append(k)
     for (w, h), ks in by.items():
-        n = max(1, min(batch_size, batch_size*640*480//(w*h))); yield from (ks[i:i+n] for i in range(0, len(ks), n))
+        n = max(1, min(batch_size, batch_size * 640 * 480 // (w * h)))
+        yield from (ks[i : i + n] for i in range(0, len(ks), n))
+
 
 @torch.no_grad()
-def detect_faces(images,         # list of PIL images (any mode), of any sizes
-                 min_size=20,    # smallest face, pixels
-                 min_score=.9,   # MTCNN's confidence, in [0,1]
-                 device="cpu",   # where MTCNN runs; None: a GPU if there is one
-                 max_overlap=.5, # intersection over union above which the less sure of two faces goes
-                 batch_size=None, # pictures of one size a pass; None: 16 on a GPU, 1 on a CPU
-                ): # per image (boxes (n,4) float x0,y0,x1,y1 in pixels, clipped to the image; scores (n,))
+def detect_faces(
+    images,  # list of PIL images (any mode), of any sizes
+    min_size=20,  # smallest face, pixels
+    min_score=0.9,  # MTCNN's confidence, in [0,1]
+    device="cpu",  # where MTCNN runs; None: a GPU if there is one
+    max_overlap=0.5,  # intersection over union above which the less sure of two faces goes
+    batch_size=None,  # pictures of one size a pass; None: 16 on a GPU, 1 on a CPU
+):  # per image (boxes (n,4) float x0,y0,x1,y1 in pixels, clipped to the image; scores (n,))
     "Faces in photographs, by MTCNN; largest first."
-    device = check_device(device); net, out = _mtcnn(min_size, device), [None]*len(images)
+    device = check_device(device)
+    net, out = _mtcnn(min_size, device), [None] * len(images)
     for ks in _batches([im.size for im in images], batch_size or (1 if device == "cpu" else 16)):
-        x = torch.stack([torch.from_numpy(np.array(to_rgb(images[k]))) for k in ks]).to(device).permute(0, 3, 1, 2).float(); h, w = x.shape[2:]
+        x = (
+            torch.stack([torch.from_numpy(np.array(to_rgb(images[k]))) for k in ks])
+            .to(device)
+            .permute(0, 3, 1, 2)
+            .float()
+        )
+        h, w = x.shape[2:]
         for k, b in zip(ks, _look(net, x)):
-            b[:, 0:4:2].clamp_(0, w); b[:, 1:4:2].clamp_(0, h); b = b[(b[:, 4] >= min_score) & ((b[:, 2:4] - b[:, :2]).amin(1) >= min_size)]
-            b = b[nms(b[:, :4], b[:, 4], max_overlap)]; b = b[(b[:, 2:4] - b[:, :2]).prod(1).argsort(descending=True, stable=True)]
+            b[:, 0:4:2].clamp_(0, w)
+            b[:, 1:4:2].clamp_(0, h)
+            b = b[(b[:, 4] >= min_score) & ((b[:, 2:4] - b[:, :2]).amin(1) >= min_size)]
+            b = b[nms(b[:, :4], b[:, 4], max_overlap)]
+            b = b[(b[:, 2:4] - b[:, :2]).prod(1).argsort(descending=True, stable=True)]
             out[k] = (b[:, :4], b[:, 4])
     return out
 
 # %% ../nbs/01c_faces.ipynb #0749b2e8
-def on_people(boxes, # (n,4) x0, y0, x1, y1 in pixels
-              mask,  # (h,w) union of the people's masks
-             ):      # list of n numbers, 0 to 1
+def on_people(
+    boxes,  # (n,4) x0, y0, x1, y1 in pixels
+    mask,  # (h,w) union of the people's masks
+):  # list of n numbers, 0 to 1
     "The share of each box that lies on people."
-    whole = np.asarray(boxes, float).reshape(-1, 4).round().clip(0).astype(int); parts = [np.asarray(mask)[y0:y1, x0:x1] for x0, y0, x1, y1 in whole]
-    return [float(p.mean()) if p.size else 0. for p in parts]
+    whole = np.asarray(boxes, float).reshape(-1, 4).round().clip(0).astype(int)
+    parts = [np.asarray(mask)[y0:y1, x0:x1] for x0, y0, x1, y1 in whole]
+    return [float(p.mean()) if p.size else 0.0 for p in parts]
 
-def people_mask(row): # manifest row
+
+def people_mask(row):  # manifest row
     "(h,w) uint8 union of the masks of its people; crowd regions are left out."
     own = [p["segmentation"] for p in row["people"] if not p["iscrowd"]]
     return rle.decode(rle.merge(own)) if own else np.zeros((row["height"], row["width"]), np.uint8)
 
 # %% ../nbs/01c_faces.ipynb #c2fdd120
-_SPANS = ((1, 2, .5), (3, 4, 1.2), (0, 1, .32), (0, 2, .32), (0, 3, .95), (0, 4, .95))  # two of nose, eyes, ears, and their distance in faces
+_SPANS = (
+    (1, 2, 0.5),
+    (3, 4, 1.2),
+    (0, 1, 0.32),
+    (0, 2, 0.32),
+    (0, 3, 0.95),
+    (0, 4, 0.95),
+)  # two of nose, eyes, ears, and their distance in faces
 
-def keypoint_face(joints): # (17,3) COCO's x, y, visibility
+
+def keypoint_face(joints):  # (17,3) COCO's x, y, visibility
     "x0, y0, x1, y1 of the face that nose, eyes and ears span, or None without a marked nose and an eye."
-    p, v = np.asarray(joints, float).reshape(17, 3)[:5, :2], np.asarray(joints, float).reshape(17, 3)[:5, 2] > 0
-    if not (v[0] and (v[1] or v[2])): return None
-    s = max(np.linalg.norm(p[i]-p[j])/c for i, j, c in _SPANS if v[i] and v[j]); x, y = p[v].mean(0) + [0, .11*s]
-    return [float(x-.465*s), float(y-.6*s), float(x+.465*s), float(y+.6*s)]
+    p, v = (
+        np.asarray(joints, float).reshape(17, 3)[:5, :2],
+        np.asarray(joints, float).reshape(17, 3)[:5, 2] > 0,
+    )
+    if not (v[0] and (v[1] or v[2])):
+        return None
+    s = max(np.linalg.norm(p[i] - p[j]) / c for i, j, c in _SPANS if v[i] and v[j])
+    x, y = p[v].mean(0) + [0, 0.11 * s]
+    return [float(x - 0.465 * s), float(y - 0.6 * s), float(x + 0.465 * s), float(y + 0.6 * s)]
 
-def keypoint_faces(row,         # manifest row
-                   min_face=1): # smallest side, pixels
+
+def keypoint_faces(
+    row,  # manifest row
+    min_face=1,
+):  # smallest side, pixels
     "Boxes from the joints of a picture's people, clipped to the picture, largest first."
     boxes = [b for p in row["people"] if not p["iscrowd"] and (b := keypoint_face(p["keypoints"]))]
-    boxes = [[min(max(v, 0.), float(end)) for v, end in zip(b, (row["width"], row["height"])*2)] for b in boxes]
-    return sorted((b for b in boxes if min(b[2]-b[0], b[3]-b[1]) >= min_face), key=lambda b: -(b[2]-b[0])*(b[3]-b[1]))
+    boxes = [
+        [min(max(v, 0.0), float(end)) for v, end in zip(b, (row["width"], row["height"]) * 2)]
+        for b in boxes
+    ]
+    return sorted(
+        (b for b in boxes if min(b[2] - b[0], b[3] - b[1]) >= min_face),
+        key=lambda b: -(b[2] - b[0]) * (b[3] - b[1]),
+    )
 
 # %% ../nbs/01c_faces.ipynb #849b3de6
-def face_rows(boxes,    # (n,4) x0, y0, x1, y1 in pixels
-              detector, # "annotation", "keypoints" or "mtcnn"
-              scores=None): # (n,), 1 if not given
+def face_rows(
+    boxes,  # (n,4) x0, y0, x1, y1 in pixels
+    detector,  # "annotation", "keypoints" or "mtcnn"
+    scores=None,
+):  # (n,), 1 if not given
     "[{box, score, detector}], the form of the manifest."
-    scores = [1.]*len(boxes) if scores is None else scores
-    return [dict(box=[round(float(v), 2) for v in b], score=round(float(s), 4), detector=detector) for b, s in zip(boxes, scores)]
+    scores = [1.0] * len(boxes) if scores is None else scores
+    return [
+        dict(box=[round(float(v), 2) for v in b], score=round(float(s), 4), detector=detector)
+        for b, s in zip(boxes, scores)
+    ]
 
-def find_faces(rows,          # manifest rows
-               images,        # their PIL images
-               rule=FaceRule(), # which faces are kept
-               device=None):  # None: a GPU if there is one
+
+def find_faces(
+    rows,  # manifest rows
+    images,  # their PIL images
+    rule=FaceRule(),  # which faces are kept
+    device=None,
+):  # None: a GPU if there is one
     "For each picture its faces by MTCNN that lie on people."
     out = []
-    for row, (b, s) in zip(rows, detect_faces(images, rule.min_face, rule.min_score, device, rule.max_overlap)):
+    for row, (b, s) in zip(
+        rows, detect_faces(images, rule.min_face, rule.min_score, device, rule.max_overlap)
+    ):
         keep = [v >= rule.on_person for v in on_people(b, people_mask(row))] if len(b) else []
         out.append(face_rows(b[keep].tolist(), "mtcnn", s[keep].tolist()) if any(keep) else [])
     return out
 
 # %% ../nbs/01c_faces.ipynb #8f68cbe2
-def _holds(b, joints): # box; (17,3)
+def _holds(b, joints):  # box; (17,3)
     "Are the marked ones of nose and eyes inside?"
-    h = np.asarray(joints, float).reshape(17, 3)[:3]; h = h[h[:, 2] > 0, :2]
+    h = np.asarray(joints, float).reshape(17, 3)[:3]
+    h = h[h[:, 2] > 0, :2]
     return bool(((h >= b[:2]) & (h <= b[2:])).all()) and len(h) > 0
+
 
 def _unjudged(b, row):
     "Does the middle of the box lie on a crowd or on somebody without marked joints?"
-    x, y = (b[0]+b[2])/2, (b[1]+b[3])/2; unmarked = [p["bbox"] for p in row["people"] if p["iscrowd"] or not any(p["keypoints"][2::3])]
-    return any(x0 <= x <= x0+w and y0 <= y <= y0+h for x0, y0, w, h in unmarked)
+    x, y = (b[0] + b[2]) / 2, (b[1] + b[3]) / 2
+    unmarked = [p["bbox"] for p in row["people"] if p["iscrowd"] or not any(p["keypoints"][2::3])]
+    return any(x0 <= x <= x0 + w and y0 <= y <= y0 + h for x0, y0, w, h in unmarked)
 
-def face_agreement(rows,        # manifest rows
-                   found,       # for each its detected boxes, [[x0, y0, x1, y1]]
-                   min_face=20, # faces from joints below this size are not asked for
-                  ): # dict: found, unjudged, right, wrong, precision, marked, hit, recall, iou (median)
+
+def face_agreement(
+    rows,  # manifest rows
+    found,  # for each its detected boxes, [[x0, y0, x1, y1]]
+    min_face=20,  # faces from joints below this size are not asked for
+):  # dict: found, unjudged, right, wrong, precision, marked, hit, recall, iou (median)
     "Detected faces against those that the joints give."
     n, ious = dict(found=0, unjudged=0, right=0, wrong=0, marked=0, hit=0), []
     for row, boxes in zip(rows, found):
-        heads = [(p["keypoints"], b) for p in row["people"] if not p["iscrowd"] and (b := keypoint_face(p["keypoints"]))]; hit = set(); n["found"] += len(boxes)
+        heads = [
+            (p["keypoints"], b)
+            for p in row["people"]
+            if not p["iscrowd"] and (b := keypoint_face(p["keypoints"]))
+        ]
+        hit = set()
+        n["found"] += len(boxes)
         for b in np.asarray(boxes, float).reshape(-1, 4):
-            fits = [(float(box_iou(torch.tensor([b.tolist()]), torch.tensor([h]))), k) for k, (j, h) in enumerate(heads) if _holds(b, j)]
-            if fits: v, k = max(fits); hit.add(k); ious.append(v)
+            fits = [
+                (float(box_iou(torch.tensor([b.tolist()]), torch.tensor([h]))), k)
+                for k, (j, h) in enumerate(heads)
+                if _holds(b, j)
+            ]
+            if fits:
+                v, k = max(fits)
+                hit.add(k)
+                ious.append(v)
             n["right" if fits else "unjudged" if _unjudged(b, row) else "wrong"] += 1
-        large = {k for k, (_, h) in enumerate(heads) if min(h[2]-h[0], h[3]-h[1]) >= min_face}; n["marked"] += len(large); n["hit"] += len(large & hit)
-    share = lambda a, b: a/b if b else float("nan")
-    return dict(n, precision=share(n["right"], n["right"]+n["wrong"]), recall=share(n["hit"], n["marked"]), iou=float(np.median(ious)) if ious else float("nan"))
+        large = {k for k, (_, h) in enumerate(heads) if min(h[2] - h[0], h[3] - h[1]) >= min_face}
+        n["marked"] += len(large)
+        n["hit"] += len(large & hit)
+
+    def share(a, b):
+        return a / b if b else float("nan")
+
+    return dict(
+        n,
+        precision=share(n["right"], n["right"] + n["wrong"]),
+        recall=share(n["hit"], n["marked"]),
+        iou=float(np.median(ious)) if ious else float("nan"),
+    )

@@ -6,76 +6,156 @@
 __all__ = ['as_matrix', 'ramp', 'Fit']
 
 # %% ../nbs/10a_fit.ipynb #2a3c8d8f
-import copy, os, time
+import copy
+import os
+import time
 from pathlib import Path
+
 import torch
 from fastcore.basics import patch
 
 # %% ../nbs/10a_fit.ipynb #2085c215
-def _rows(w, plain): return w.flatten(1) if plain else w.permute(0, *range(2, w.ndim), 1).flatten(1)
+def _rows(w, plain):
+    return w.flatten(1) if plain else w.permute(0, *range(2, w.ndim), 1).flatten(1)
 
-def as_matrix(w, # (O, ...) tensor in either memory format
-             ): # (O, n) tensor
+
+def as_matrix(
+    w,  # (O, ...) tensor in either memory format
+):  # (O, n) tensor
     "The matrix that shares the memory of `w`. Raises ValueError if there is none."
     m = _rows(w, w.is_contiguous())
-    if m.data_ptr() != w.data_ptr(): raise ValueError(f"a weight of shape {tuple(w.shape)} and strides {w.stride()} has no matrix view")
+    if m.data_ptr() != w.data_ptr():
+        raise ValueError(
+            f"a weight of shape {tuple(w.shape)} and strides {w.stride()} has no matrix view"
+        )
     return m
 
 # %% ../nbs/10a_fit.ipynb #80c267fd
-def ramp(i,         # step, from 0
-         steps,     # in all
-         warm=50,   # steps of warm-up
-         decay=.7,  # last share of the steps, over which the rate falls to 0
-        ): # factor in (0, 1]
+def ramp(
+    i,  # step, from 0
+    steps,  # in all
+    warm=50,  # steps of warm-up
+    decay=0.7,  # last share of the steps, over which the rate falls to 0
+):  # factor in (0, 1]
     "What the learning rate is multiplied by at a step."
-    return min(1., (i+1)/warm, (steps-i)/(decay*steps))
+    return min(1.0, (i + 1) / warm, (steps - i) / (decay * steps))
 
 # %% ../nbs/10a_fit.ipynb #80048d87
 class Fit:
     "A model in training: `step` it with losses, keep `ema`; `i` steps are done, in `seconds`. Raises ValueError for a checkpoint of another training."
-    def __init__(self, model,   # module on its device; its weights of two or more dimensions go to Muon
-                 steps,         # in all
-                 path=None,     # checkpoint to write, and to go on from if it is there
-                 key=None,      # dict of numbers and texts that a checkpoint must share
-                 lr=5e-3,       # of Muon, in AdamW's scale (an update's root mean square is 0.2 `lr`)
-                 adam_lr=2e-3,  # of AdamW: biases, norms and `plain`
-                 plain=(),      # parts of names of matrices that AdamW gets: embeddings
-                 average=.998,  # decay of the moving average
-                 every=200):    # steps between checkpoints
-        self.model, self.ema, self.path, self.key = model, copy.deepcopy(model), path and Path(path), key or {}
-        self.steps, self.average, self.every, self.i, self.seconds, self._last = steps, average, every, 0, 0., time.time()
-        muon = [p for k, p in model.named_parameters() if p.ndim > 1 and not any(s in k for s in plain)]; taken = set(map(id, muon))
-        self.pairs, rest = [(p, torch.nn.Parameter(as_matrix(p.data))) for p in muon], [p for p in model.parameters() if id(p) not in taken]
-        self.opts = [torch.optim.Muon([m for _, m in self.pairs], lr=lr, weight_decay=.05, adjust_lr_fn="match_rms_adamw")] if muon else []
-        if rest: self.opts.append(torch.optim.AdamW(rest, lr=adam_lr, betas=(.9, .99), weight_decay=0))
+
+    def __init__(
+        self,
+        model,  # module on its device; its weights of two or more dimensions go to Muon
+        steps,  # in all
+        path=None,  # checkpoint to write, and to go on from if it is there
+        key=None,  # dict of numbers and texts that a checkpoint must share
+        lr=5e-3,  # of Muon, in AdamW's scale (an update's root mean square is 0.2 `lr`)
+        adam_lr=2e-3,  # of AdamW: biases, norms and `plain`
+        plain=(),  # parts of names of matrices that AdamW gets: embeddings
+        average=0.998,  # decay of the moving average
+        every=200,
+    ):  # steps between checkpoints
+        self.model, self.ema, self.path, self.key = (
+            model,
+            copy.deepcopy(model),
+            path and Path(path),
+            key or {},
+        )
+        self.steps, self.average, self.every, self.i, self.seconds, self._last = (
+            steps,
+            average,
+            every,
+            0,
+            0.0,
+            time.time(),
+        )
+        muon = [
+            p for k, p in model.named_parameters() if p.ndim > 1 and not any(s in k for s in plain)
+        ]
+        taken = set(map(id, muon))
+        self.pairs, rest = (
+            [(p, torch.nn.Parameter(as_matrix(p.data))) for p in muon],
+            [p for p in model.parameters() if id(p) not in taken],
+        )
+        self.opts = (
+            [
+                torch.optim.Muon(
+                    [m for _, m in self.pairs],
+                    lr=lr,
+                    weight_decay=0.05,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            ]
+            if muon
+            else []
+        )
+        if rest:
+            self.opts.append(torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0))
         self.peaks = [o.param_groups[0]["lr"] for o in self.opts]
-        if self.path and self.path.is_file(): self._load()
+        if self.path and self.path.is_file():
+            self._load()
 
     left = property(lambda self: range(self.i, self.steps))  # steps still to do
 
 # %% ../nbs/10a_fit.ipynb #3cb342bc
 @patch
-def _load(self:Fit):
+def _load(self: Fit):
     s = torch.load(self.path, weights_only=True, map_location="cpu")
-    if s["key"] != self.key: raise ValueError(f"{self.path} is of another training: {s['key']}, not {self.key}; remove it to begin anew")
-    self.i, self.seconds = s["i"], s["seconds"]; self.model.load_state_dict(s["model"]); self.ema.load_state_dict(s["ema"])
-    for o, state in zip(self.opts, s["opts"]): o.load_state_dict(state)
+    if s["key"] != self.key:
+        raise ValueError(
+            f"{self.path} is of another training: {s['key']}, not {self.key}; remove it to begin anew"
+        )
+    self.i, self.seconds = s["i"], s["seconds"]
+    self.model.load_state_dict(s["model"])
+    self.ema.load_state_dict(s["ema"])
+    for o, state in zip(self.opts, s["opts"]):
+        o.load_state_dict(state)
+
 
 @patch
-def save(self:Fit):
+def save(self: Fit):
     "Write the checkpoint."
     tmp = self.path.with_suffix(".tmp")
-    torch.save(dict(i=self.i, seconds=self.seconds, key=self.key, model=self.model.state_dict(), ema=self.ema.state_dict(), opts=[o.state_dict() for o in self.opts]), tmp); os.replace(tmp, self.path)
+    torch.save(
+        dict(
+            i=self.i,
+            seconds=self.seconds,
+            key=self.key,
+            model=self.model.state_dict(),
+            ema=self.ema.state_dict(),
+            opts=[o.state_dict() for o in self.opts],
+        ),
+        tmp,
+    )
+    os.replace(tmp, self.path)
+
 
 @patch
-def step(self:Fit, loss): # scalar
+def step(self: Fit, loss):  # scalar
     "One step down. Raises FloatingPointError if loss or gradient is not finite; the weights are then as before."
-    for o, lr in zip(self.opts, self.peaks): o.param_groups[0]["lr"] = lr*ramp(self.i, self.steps)
-    self.model.zero_grad(); loss.backward(); norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.)
-    if not torch.isfinite(loss + norm): raise FloatingPointError(f"step {self.i}: loss {loss.item():g}, gradient norm {norm.item():g}" + (f"; the last good weights are in {self.path}" if self.path and self.path.is_file() else ""))
-    for p, m in self.pairs: m.grad = None if p.grad is None else _rows(p.grad, p.is_contiguous())
-    for o in self.opts: o.step()
+    for o, lr in zip(self.opts, self.peaks):
+        o.param_groups[0]["lr"] = lr * ramp(self.i, self.steps)
+    self.model.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+    if not torch.isfinite(loss + norm):
+        raise FloatingPointError(
+            f"step {self.i}: loss {loss.item():g}, gradient norm {norm.item():g}"
+            + (
+                f"; the last good weights are in {self.path}"
+                if self.path and self.path.is_file()
+                else ""
+            )
+        )
+    for p, m in self.pairs:
+        m.grad = None if p.grad is None else _rows(p.grad, p.is_contiguous())
+    for o in self.opts:
+        o.step()
     with torch.no_grad():
-        for a, b in zip(self.ema.parameters(), self.model.parameters()): a.lerp_(b, 1 - min(self.average, (1+self.i)/(10+self.i)))
-    now = time.time(); self.i, self.seconds, self._last = self.i+1, self.seconds + now - self._last, now
-    if self.path and (self.i % self.every == 0 or self.i == self.steps): self.save()
+        for a, b in zip(self.ema.parameters(), self.model.parameters()):
+            a.lerp_(b, 1 - min(self.average, (1 + self.i) / (10 + self.i)))
+    now = time.time()
+    self.i, self.seconds, self._last = self.i + 1, self.seconds + now - self._last, now
+    if self.path and (self.i % self.every == 0 or self.i == self.steps):
+        self.save()

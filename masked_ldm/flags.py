@@ -6,35 +6,63 @@
 __all__ = ['truth', 'add_flags']
 
 # %% ../nbs/01l_flags.ipynb #d398f374
-import argparse, inspect, re
+import argparse
+import inspect
+import re
+
 from fastcore.docments import docments
 
 # %% ../nbs/01l_flags.ipynb #4fd306ad
-def truth(s): # text
+def truth(s):  # text
     "True or False. Raises ValueError for anything else."
     return {"true": True, "false": False}[s.lower()] if s.lower() in ("true", "false") else _no(s)
 
-def _no(s): raise argparse.ArgumentTypeError(f"must be True or False, not {s!r}")
 
-_CHOICES = dict(area_rule=("union", "sum"), crowd=("ignore", "drop"), faces=("auto", "annotation", "keypoints", "mtcnn", "none"), verify=("header", "full"))
-_KINDS = dict(limit=int, workers=int)   # of settings whose default is None and which are no text
+def _no(s):
+    raise argparse.ArgumentTypeError(f"must be True or False, not {s!r}")
+
+
+_CHOICES = dict(
+    area_rule=("union", "sum"),
+    crowd=("ignore", "drop"),
+    faces=("auto", "annotation", "keypoints", "mtcnn", "none"),
+    verify=("header", "full"),
+)
+_KINDS = dict(limit=int, workers=int)  # of settings whose default is None and which are no text
 
 # %% ../nbs/01l_flags.ipynb #ecb896a1
 def _flag(name, default):
     "How argparse reads a setting of that name and default."
-    kind = _KINDS.get(name, str) if default is None or isinstance(default, tuple) else truth if isinstance(default, bool) else type(default)
-    if name == "licenses": return dict(type=str, nargs="+", metavar="LICENCE")
-    if name in _CHOICES: return dict(type=str, choices=_CHOICES[name])
+    kind = (
+        _KINDS.get(name, str)
+        if default is None or isinstance(default, tuple)
+        else truth
+        if isinstance(default, bool)
+        else type(default)
+    )
+    if name == "licenses":
+        return dict(type=str, nargs="+", metavar="LICENCE")
+    if name in _CHOICES:
+        return dict(type=str, choices=_CHOICES[name])
     return dict(type=kind, metavar={truth: "BOOL", str: "TEXT"}.get(kind, kind.__name__.upper()))
 
-def add_flags(parser,    # argparse parser
-              f,         # function or dataclass whose arguments become flags
-              skip=(),   # arguments that do not
-              ):
+
+def add_flags(
+    parser,  # argparse parser
+    f,  # function or dataclass whose arguments become flags
+    skip=(),  # arguments that do not
+):
     "A flag for each argument with a default: its name, default and description."
     about, there = docments(f), {s for a in parser._actions for s in a.option_strings}
     for name, p in inspect.signature(f).parameters.items():
-        if name in skip or p.default is p.empty or f"--{name}" in there: continue
-        text = " ".join((about.get(name) or "").split()).replace("%", "%%")   # "None: all" is said to a caller of Python
-        text = re.sub(r"; None: (.*)", r" (default: \1)", text) if p.default is None else f"{text} (default: {p.default})"
+        if name in skip or p.default is p.empty or f"--{name}" in there:
+            continue
+        text = " ".join((about.get(name) or "").split()).replace(
+            "%", "%%"
+        )  # "None: all" is said to a caller of Python
+        text = (
+            re.sub(r"; None: (.*)", r" (default: \1)", text)
+            if p.default is None
+            else f"{text} (default: {p.default})"
+        )
         parser.add_argument(f"--{name}", default=p.default, help=text, **_flag(name, p.default))

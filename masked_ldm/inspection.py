@@ -10,118 +10,243 @@ __all__ = ['COLOURS', 'find_manifests', 'histogram', 'describe_manifest', 'plot_
 import textwrap
 from collections import Counter
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
+
 from .data import load_manifest
 from .pictures import check_pictures, read_picture
 
 # %% ../nbs/01j_inspection.ipynb #6f719c57
-def find_manifests(path, # folder with train/ and val/, folder of a manifest, or metadata.jsonl
-                  ): # {split: path of metadata.jsonl}
+def find_manifests(
+    path,  # folder with train/ and val/, folder of a manifest, or metadata.jsonl
+):  # {split: path of metadata.jsonl}
     "The manifests that a path means. Raises FileNotFoundError."
     path = Path(path)
-    if path.is_file() or (path/"metadata.jsonl").is_file(): path = path if path.is_file() else path/"metadata.jsonl"; return {load_manifest(path)[1]["split"]: path}
-    found = {s: p for s in ("train", "val") for p in (path/f"{s}2017"/"metadata.jsonl", path/s/"metadata.jsonl") if p.is_file()}
-    if not found: raise FileNotFoundError(f"{path} has no manifest: neither metadata.jsonl nor train/metadata.jsonl; make one with masked-ldm-data build")
+    if path.is_file() or (path / "metadata.jsonl").is_file():
+        path = path if path.is_file() else path / "metadata.jsonl"
+        return {load_manifest(path)[1]["split"]: path}
+    found = {
+        s: p
+        for s in ("train", "val")
+        for p in (path / f"{s}2017" / "metadata.jsonl", path / s / "metadata.jsonl")
+        if p.is_file()
+    }
+    if not found:
+        raise FileNotFoundError(
+            f"{path} has no manifest: neither metadata.jsonl nor train/metadata.jsonl; make one with masked-ldm-data build"
+        )
     return found
 
 # %% ../nbs/01j_inspection.ipynb #e8e03776
-def histogram(values,  # numbers
-              edges,   # of the bins, rising; the last bin has no end
-              width=40, # of the longest bar, characters
-              name=lambda a, b: f"{a:g}" if b == a+1 else f"{a:g} to {b-1:g}", # of a bin; whole numbers
-             ): # text
+def histogram(
+    values,  # numbers
+    edges,  # of the bins, rising; the last bin has no end
+    width=40,  # of the longest bar, characters
+    name=lambda a, b: f"{a:g}" if b == a + 1 else f"{a:g} to {b - 1:g}",  # of a bin; whole numbers
+):  # text
     "Bars of text, one a bin."
-    edges = [*edges, float("inf")]; n = [sum(a <= v < b for v in values) for a, b in zip(edges, edges[1:])]; names = [f"{a:g} or more" if b == float("inf") else name(a, b) for a, b in zip(edges, edges[1:])]
-    left, most = max(map(len, names)), max([*n, 1]); lines = [f"  {s:>{left}}  {k:7,d}  {'#'*round(width*k/most)}".rstrip() for s, k in zip(names, n)]
-    return "\n".join(lines[:max([i for i, k in enumerate(n) if k], default=0)+1])   # without empty bins at the end
+    edges = [*edges, float("inf")]
+    n = [sum(a <= v < b for v in values) for a, b in zip(edges, edges[1:])]
+    names = [
+        f"{a:g} or more" if b == float("inf") else name(a, b) for a, b in zip(edges, edges[1:])
+    ]
+    left, most = max(map(len, names)), max([*n, 1])
+    lines = [
+        f"  {s:>{left}}  {k:7,d}  {'#' * round(width * k / most)}".rstrip()
+        for s, k in zip(names, n)
+    ]
+    return "\n".join(
+        lines[: max([i for i, k in enumerate(n) if k], default=0) + 1]
+    )  # without empty bins at the end
 
 # %% ../nbs/01j_inspection.ipynb #4991ebe1
 def _listed(title, lines, most=10):
     "A title and the first lines, or nothing."
-    return [f"{title}: {len(lines):,}", *(f"  {l}" for l in lines[:most]), *([f"  and {len(lines)-most:,} more, listed in manifest.json"] if len(lines) > most else [])] if lines else []
+    return (
+        [
+            f"{title}: {len(lines):,}",
+            *(f"  {l}" for l in lines[:most]),
+            *(
+                [f"  and {len(lines) - most:,} more, listed in manifest.json"]
+                if len(lines) > most
+                else []
+            ),
+        ]
+        if lines
+        else []
+    )
 
-def describe_manifest(rows, # from `load_manifest`
-                      info, # manifest.json
-                     ): # text
+
+def describe_manifest(
+    rows,  # from `load_manifest`
+    info,  # manifest.json
+):  # text
     "Counts by reason, licences, histograms of area, people and faces, and what could not be used."
-    own = [sum(not p["iscrowd"] for p in r["people"]) for r in rows]; count = lambda pairs: [f"  {n:7,d}  {name}" for name, n in pairs]
-    parts = [f"{info['split']}: {info['kept']:,} of {info['pictures']:,} pictures, {info['people']:,} people, {info['face_boxes']:,} faces ({info['faces']}) in {info['pictures_with_face']:,} pictures",
-             "rule: " + ", ".join(f"{k} {v}" for k, v in info["rule"].items()),
-             "dropped:" if info["dropped"] else "dropped: none", *count(sorted(info["dropped"].items(), key=lambda kv: -kv[1])),
-             "licences:", *count(Counter(r["license_name"] for r in rows).most_common()),
-             "share of the picture that people cover:", histogram([r["area_fraction"] for r in rows], [0, .05, .1, .2, .3, .4, .5, .6, .8], name=lambda a, b: f"{a:g} to {b:g}"),
-             "people in a picture:", histogram(own, [1, 2, 3, 4, 5, 8, 14]), "faces in a picture:", histogram([len(r["faces"]) for r in rows], [0, 1, 2, 3, 4, 5, 8, 14])]
-    parts += _listed("annotations with something wrong", [f"{b['file']}, annotation {b['annotation']}: {b['wrong']}" for b in info["bad_annotations"]])
-    parts += _listed("pictures that cannot be used", [f"{b['file']} (image {b['image_id']}) {b['reason']}" for b in info.get("quarantined", [])])
+    own = [sum(not p["iscrowd"] for p in r["people"]) for r in rows]
+
+    def count(pairs):
+        return [f"  {n:7,d}  {name}" for name, n in pairs]
+
+    parts = [
+        f"{info['split']}: {info['kept']:,} of {info['pictures']:,} pictures, {info['people']:,} people, {info['face_boxes']:,} faces ({info['faces']}) in {info['pictures_with_face']:,} pictures",
+        "rule: " + ", ".join(f"{k} {v}" for k, v in info["rule"].items()),
+        "dropped:" if info["dropped"] else "dropped: none",
+        *count(sorted(info["dropped"].items(), key=lambda kv: -kv[1])),
+        "licences:",
+        *count(Counter(r["license_name"] for r in rows).most_common()),
+        "share of the picture that people cover:",
+        histogram(
+            [r["area_fraction"] for r in rows],
+            [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
+            name=lambda a, b: f"{a:g} to {b:g}",
+        ),
+        "people in a picture:",
+        histogram(own, [1, 2, 3, 4, 5, 8, 14]),
+        "faces in a picture:",
+        histogram([len(r["faces"]) for r in rows], [0, 1, 2, 3, 4, 5, 8, 14]),
+    ]
+    parts += _listed(
+        "annotations with something wrong",
+        [
+            f"{b['file']}, annotation {b['annotation']}: {b['wrong']}"
+            for b in info["bad_annotations"]
+        ],
+    )
+    parts += _listed(
+        "pictures that cannot be used",
+        [f"{b['file']} (image {b['image_id']}) {b['reason']}" for b in info.get("quarantined", [])],
+    )
     return "\n".join(parts)
 
 # %% ../nbs/01j_inspection.ipynb #350a6507
-def plot_manifest(rows, # from `load_manifest`
-                 ): # matplotlib figure
+def plot_manifest(
+    rows,  # from `load_manifest`
+):  # matplotlib figure
     "Histograms of what people cover, of people and of faces in a picture, and of the height of faces."
-    import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, 4, figsize=(11, 2.2), layout="constrained"); own, faces = [sum(not p["iscrowd"] for p in r["people"]) for r in rows], [len(r["faces"]) for r in rows]
+
+    fig, axs = plt.subplots(1, 4, figsize=(11, 2.2), layout="constrained")
+    own, faces = (
+        [sum(not p["iscrowd"] for p in r["people"]) for r in rows],
+        [len(r["faces"]) for r in rows],
+    )
     high = [f["box"][3] - f["box"][1] for r in rows for f in r["faces"]]
-    panels = (("share covered by people", [r["area_fraction"] for r in rows], 20), ("people in a picture", own, np.arange(.5, max(own)+1)),
-              ("faces in a picture", faces, np.arange(-.5, max(faces)+1)), ("height of a face, pixels", high, 20))
-    for ax, (what, v, bins) in zip(axs, panels): ax.hist(v, bins, color="C0"); ax.set(xlabel=what)
-    axs[0].set(ylabel="pictures"); axs[3].set(ylabel="faces"); return fig
+    panels = (
+        ("share covered by people", [r["area_fraction"] for r in rows], 20),
+        ("people in a picture", own, np.arange(0.5, max(own) + 1)),
+        ("faces in a picture", faces, np.arange(-0.5, max(faces) + 1)),
+        ("height of a face, pixels", high, 20),
+    )
+    for ax, (what, v, bins) in zip(axs, panels):
+        ax.hist(v, bins, color="C0")
+        ax.set(xlabel=what)
+    axs[0].set(ylabel="pictures")
+    axs[3].set(ylabel="faces")
+    return fig
 
 # %% ../nbs/01j_inspection.ipynb #6a7af8f9
-COLOURS = ((230, 60, 60), (60, 120, 230), (240, 180, 40), (150, 80, 220), (40, 190, 180), (240, 120, 190))
+COLOURS = (
+    (230, 60, 60),
+    (60, 120, 230),
+    (240, 180, 40),
+    (150, 80, 220),
+    (40, 190, 180),
+    (240, 120, 190),
+)
+
 
 def _tint(im, people):
     "A picture with each mask in a colour; crowd regions hatched grey."
     a = np.asarray(im).astype(float)
     for i, p in enumerate(people):
-        m = rle.decode(p["segmentation"]).astype(bool); c = (128, 128, 128) if p["iscrowd"] else COLOURS[i % len(COLOURS)]
-        if p["iscrowd"]: m &= (np.indices(m.shape).sum(0) // 4) % 2 == 0
-        a[m] = .55*a[m] + .45*np.array(c)
+        m = rle.decode(p["segmentation"]).astype(bool)
+        c = (128, 128, 128) if p["iscrowd"] else COLOURS[i % len(COLOURS)]
+        if p["iscrowd"]:
+            m &= (np.indices(m.shape).sum(0) // 4) % 2 == 0
+        a[m] = 0.55 * a[m] + 0.45 * np.array(c)
     return Image.fromarray(a.round().astype(np.uint8))
 
-def draw_row(row,      # manifest row
-             folder,   # of the manifest
-             side=200, # of the square it must fit into, pixels
-            ): # PIL image (side, side + caption)
+
+def draw_row(
+    row,  # manifest row
+    folder,  # of the manifest
+    side=200,  # of the square it must fit into, pixels
+):  # PIL image (side, side + caption)
     "A picture with masks, faces and caption. Raises PictureError."
-    im = _tint(read_picture(Path(folder)/row["file_name"], (row["width"], row["height"])), row["people"]); k = side/max(im.size)
-    im = im.resize((max(1, round(k*im.width)), max(1, round(k*im.height))), Image.LANCZOS if k < 1 else Image.NEAREST); x, y = (side-im.width)//2, (side-im.height)//2
-    out, font = Image.new("RGB", (side, side+44), "white"), ImageFont.load_default(10); out.paste(im, (x, y)); d = ImageDraw.Draw(out)
+    im = _tint(
+        read_picture(Path(folder) / row["file_name"], (row["width"], row["height"])), row["people"]
+    )
+    k = side / max(im.size)
+    im = im.resize(
+        (max(1, round(k * im.width)), max(1, round(k * im.height))),
+        Image.LANCZOS if k < 1 else Image.NEAREST,
+    )
+    x, y = (side - im.width) // 2, (side - im.height) // 2
+    out, font = Image.new("RGB", (side, side + 44), "white"), ImageFont.load_default(10)
+    out.paste(im, (x, y))
+    d = ImageDraw.Draw(out)
     for f in row["faces"]:
-        x0, y0, x1, y1 = (k*v for v in f["box"]); d.rectangle((x0+x, y0+y, x1+x, y1+y), outline="lime", width=2)
-        if f["score"] < 1: d.text((x0+x+2, y1+y+1), f"{f['score']:.2f}", "lime", font)
-    lines = textwrap.wrap(f"{row['image_id']}: {(row['captions'] or [''])[0] or '(no caption)'}", side//6)[:3]; d.multiline_text((2, side+2), "\n".join(lines), "black", font, spacing=1); return out
+        x0, y0, x1, y1 = (k * v for v in f["box"])
+        d.rectangle((x0 + x, y0 + y, x1 + x, y1 + y), outline="lime", width=2)
+        if f["score"] < 1:
+            d.text((x0 + x + 2, y1 + y + 1), f"{f['score']:.2f}", "lime", font)
+    lines = textwrap.wrap(
+        f"{row['image_id']}: {(row['captions'] or [''])[0] or '(no caption)'}", side // 6
+    )[:3]
+    d.multiline_text((2, side + 2), "\n".join(lines), "black", font, spacing=1)
+    return out
 
 # %% ../nbs/01j_inspection.ipynb #6f544301
-def contact_sheet(manifest, # path of metadata.jsonl
-                  n=24,     # pictures
-                  seed=0,   # which ones: drawn at random
-                  side=200, # of a picture, pixels
-                  columns=6, # pictures in a row
-                 ): # PIL image
+def contact_sheet(
+    manifest,  # path of metadata.jsonl
+    n=24,  # pictures
+    seed=0,  # which ones: drawn at random
+    side=200,  # of a picture, pixels
+    columns=6,  # pictures in a row
+):  # PIL image
     "Pictures of a manifest, drawn at random, with what is known about them. Raises PictureError."
-    rows, _ = load_manifest(manifest); pick = sorted(np.random.default_rng(seed).permutation(len(rows))[:n]); w, h = side+4, side+48
+    rows, _ = load_manifest(manifest)
+    pick = sorted(np.random.default_rng(seed).permutation(len(rows))[:n])
+    w, h = side + 4, side + 48
     parts = [draw_row(rows[i], Path(manifest).parent, side) for i in pick]
-    out = Image.new("RGB", (min(columns, len(parts))*w, -(-len(parts)//columns)*h), "white")
-    for i, p in enumerate(parts): out.paste(p, (i % columns*w, i//columns*h))
-    out._repr_jpeg_ = None   # a notebook would store the picture a second time
+    out = Image.new("RGB", (min(columns, len(parts)) * w, -(-len(parts) // columns) * h), "white")
+    for i, p in enumerate(parts):
+        out.paste(p, (i % columns * w, i // columns * h))
+    out._repr_jpeg_ = None  # a notebook would store the picture a second time
     return out
 
 # %% ../nbs/01j_inspection.ipynb #0dced133
-def check_manifest(manifest,  # path of metadata.jsonl
-                   full=True, # decode every picture, or look at headers only
-                  ): # list of sentences, one for each thing that is wrong
+def check_manifest(
+    manifest,  # path of metadata.jsonl
+    full=True,  # decode every picture, or look at headers only
+):  # list of sentences, one for each thing that is wrong
     "What is wrong with a manifest and its pictures. Raises ValueError or FileNotFoundError if the manifest itself cannot be used."
-    rows, info = load_manifest(manifest); folder, wrong = Path(manifest).parent, []
-    if len(rows) != info["kept"]: wrong.append(f"{manifest} has {len(rows)} rows, manifest.json says {info['kept']}")
-    wrong += [f"{manifest} lists image {i} {n} times" for i, n in Counter(r["image_id"] for r in rows).items() if n > 1]
-    found = check_pictures([folder/r["file_name"] for r in rows], [(r["width"], r["height"]) for r in rows], full)
-    return wrong + [f"image {r['image_id']}, {r['file_name']}: {w}" for r, w in zip(rows, found) if w]
+    rows, info = load_manifest(manifest)
+    folder, wrong = Path(manifest).parent, []
+    if len(rows) != info["kept"]:
+        wrong.append(f"{manifest} has {len(rows)} rows, manifest.json says {info['kept']}")
+    wrong += [
+        f"{manifest} lists image {i} {n} times"
+        for i, n in Counter(r["image_id"] for r in rows).items()
+        if n > 1
+    ]
+    found = check_pictures(
+        [folder / r["file_name"] for r in rows], [(r["width"], r["height"]) for r in rows], full
+    )
+    return wrong + [
+        f"image {r['image_id']}, {r['file_name']}: {w}" for r, w in zip(rows, found) if w
+    ]
 
-def shared_pictures(manifests, # {split: path of metadata.jsonl}
-                   ): # list of sentences
+
+def shared_pictures(
+    manifests,  # {split: path of metadata.jsonl}
+):  # list of sentences
     "Pictures that are in more than one manifest."
     ids = {s: {r["image_id"] for r in load_manifest(p)[0]} for s, p in manifests.items()}
-    return [f"{len(both)} pictures are in {a} and in {b}, the first is image {min(both)}: training and validation must not share pictures" for i, a in enumerate(ids) for b in list(ids)[i+1:] if (both := ids[a] & ids[b])]
+    return [
+        f"{len(both)} pictures are in {a} and in {b}, the first is image {min(both)}: training and validation must not share pictures"
+        for i, a in enumerate(ids)
+        for b in list(ids)[i + 1 :]
+        if (both := ids[a] & ids[b])
+    ]

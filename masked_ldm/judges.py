@@ -10,7 +10,10 @@ __all__ = ['load_network', 'judge_of_people', 'judge_of_faces', 'Scores', 'one_s
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
+
 from .compare import holm, paired
 from .critics import Critic, FaceNet
 from .data import PersonDataset, collate
@@ -20,117 +23,233 @@ from .models import BASES, ControlledUNet, load_base, load_branch
 from .one_step import predict_x0, target
 
 # %% ../nbs/06d_one_step_judges.ipynb #a08330e5
-def load_network(name): # folder inside the built-in base: "perceptual", "face", "judge_perceptual", "judge_face"
+def load_network(
+    name,
+):  # folder inside the built-in base: "perceptual", "face", "judge_perceptual", "judge_face"
     "One of the built-in world's networks."
-    return (FaceNet if "face" in name else Critic).from_pretrained(Path(BASES["tiny"])/name).float()
+    return (
+        (FaceNet if "face" in name else Critic).from_pretrained(Path(BASES["tiny"]) / name).float()
+    )
 
-def judge_of_people(lpips_net): # what the training used
+
+def judge_of_people(lpips_net):  # what the training used
     "A `MaskedLPIPS` of another network. Raises FileNotFoundError that names missing weights."
-    return MaskedLPIPS(load_network("judge_perceptual") if lpips_net == "tiny" else "vgg" if lpips_net == "alex" else "alex")
+    return MaskedLPIPS(
+        load_network("judge_perceptual")
+        if lpips_net == "tiny"
+        else "vgg"
+        if lpips_net == "alex"
+        else "alex"
+    )
 
-def judge_of_faces(face_net): # what the training used
+
+def judge_of_faces(face_net):  # what the training used
     "A `FaceLoss` of another network. Raises FileNotFoundError that names missing weights."
-    return FaceLoss(load_network("judge_face") if face_net == "tiny" else "vggface2" if face_net == "casia-webface" else "casia-webface")
+    return FaceLoss(
+        load_network("judge_face")
+        if face_net == "tiny"
+        else "vggface2"
+        if face_net == "casia-webface"
+        else "casia-webface"
+    )
 
 # %% ../nbs/06d_one_step_judges.ipynb #6fc5c04b
 @dataclass
 class Scores:
     "One-step scores, each (N, L): pictures by levels; NaN where there is nothing to score."
+
     person: np.ndarray  # masked LPIPS
-    face: np.ndarray    # face distance
-    noise: np.ndarray   # the plain loss: mean squared error of the network's output
-    psnr: np.ndarray    # of the whole picture, dB
+    face: np.ndarray  # face distance
+    noise: np.ndarray  # the plain loss: mean squared error of the network's output
+    psnr: np.ndarray  # of the whole picture, dB
     levels: tuple
 
+
 @torch.no_grad()
-def one_step_scores(base,     # `Base`
-                    unet,     # `base.unet` or a `ControlledUNet`
-                    dataset,  # `PersonDataset`; its first `n` pictures, not augmented
-                    lpips,    # judge of people, a `MaskedLPIPS`
-                    face,     # judge of faces, a `FaceLoss`
-                    n=32,     # pictures
-                    levels=(20, 60, 100, 200, 400), # timesteps
-                    seed=0,   # of the noise, which is a function of (seed, picture)
-                    batch_size=8, # pictures a pass
-                   ): # `Scores`
+def one_step_scores(
+    base,  # `Base`
+    unet,  # `base.unet` or a `ControlledUNet`
+    dataset,  # `PersonDataset`; its first `n` pictures, not augmented
+    lpips,  # judge of people, a `MaskedLPIPS`
+    face,  # judge of faces, a `FaceLoss`
+    n=32,  # pictures
+    levels=(20, 60, 100, 200, 400),  # timesteps
+    seed=0,  # of the noise, which is a function of (seed, picture)
+    batch_size=8,  # pictures a pass
+):  # `Scores`
     "Score the one-step estimate against the truth."
-    out = {k: np.full((min(n, len(dataset)), len(levels)), np.nan) for k in ("person", "face", "noise", "psnr")}
+    out = {
+        k: np.full((min(n, len(dataset)), len(levels)), np.nan)
+        for k in ("person", "face", "noise", "psnr")
+    }
     for i0 in range(0, min(n, len(dataset)), batch_size):
-        idx = range(i0, min(i0+batch_size, n, len(dataset))); b = collate([dataset[i] for i in idx]).to(base.device)
-        z, emb, boxes = base.encode(b.pixels), base.embed(b.captions), face.usable(b.boxes, b.pixels.shape[-2:])
-        eps = torch.stack([torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(1_000_003*seed + i)) for i in idx]).to(z)
-        faces = torch.zeros(len(idx), dtype=torch.bool, device=z.device).index_fill(0, boxes[:, 0].long(), True)
+        idx = range(i0, min(i0 + batch_size, n, len(dataset)))
+        b = collate([dataset[i] for i in idx]).to(base.device)
+        z, emb, boxes = (
+            base.encode(b.pixels),
+            base.embed(b.captions),
+            face.usable(b.boxes, b.pixels.shape[-2:]),
+        )
+        eps = torch.stack(
+            [
+                torch.randn(
+                    z.shape[1:], generator=torch.Generator().manual_seed(1_000_003 * seed + i)
+                )
+                for i in idx
+            ]
+        ).to(z)
+        faces = torch.zeros(len(idx), dtype=torch.bool, device=z.device).index_fill(
+            0, boxes[:, 0].long(), True
+        )
         for k, t in enumerate(levels):
-            tt = torch.full((len(idx),), t, device=z.device); x_t = base.scheduler.add_noise(z, eps, tt); pred = unet(x_t, tt, emb).sample.float()
-            x0 = base.decode(predict_x0(pred, x_t, tt, base.scheduler)).clamp(-1, 1); s = slice(i0, i0+len(idx))
-            out["person"][s, k] = lpips(x0, b.pixels, b.mask).cpu(); out["psnr"][s, k] = -10*((x0-b.pixels)/2).square().mean((1, 2, 3)).log10().cpu()
-            out["face"][s, k] = torch.where(faces, face(x0, b.pixels, boxes), torch.nan).cpu(); out["noise"][s, k] = (pred-target(z, eps, tt, base.scheduler)).square().mean((1, 2, 3)).cpu()
+            tt = torch.full((len(idx),), t, device=z.device)
+            x_t = base.scheduler.add_noise(z, eps, tt)
+            pred = unet(x_t, tt, emb).sample.float()
+            x0 = base.decode(predict_x0(pred, x_t, tt, base.scheduler)).clamp(-1, 1)
+            s = slice(i0, i0 + len(idx))
+            out["person"][s, k] = lpips(x0, b.pixels, b.mask).cpu()
+            out["psnr"][s, k] = -10 * ((x0 - b.pixels) / 2).square().mean((1, 2, 3)).log10().cpu()
+            out["face"][s, k] = torch.where(faces, face(x0, b.pixels, boxes), torch.nan).cpu()
+            out["noise"][s, k] = (
+                (pred - target(z, eps, tt, base.scheduler)).square().mean((1, 2, 3)).cpu()
+            )
     return Scores(**out, levels=tuple(levels))
 
 # %% ../nbs/06d_one_step_judges.ipynb #3f2088df
-def _apart(before, after, below): # `Scores` of two models, first timestep that is not low, or None
+def _apart(before, after, below):  # `Scores` of two models, first timestep that is not low, or None
     cuts = {"all t": np.ones(len(before.levels), bool)}
-    if below is not None and (low := np.asarray(before.levels) < below).any(): cuts = {f"t<{below}": low, **cuts}
-    out = {k: {name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut]) for name, cut in cuts.items()} for k in ("person", "face", "noise")}; rows = [m for by in out.values() for m in by.values()]
-    for m, p in zip(rows, holm([m["p"] for m in rows])): m["p_holm"] = p
+    if below is not None and (low := np.asarray(before.levels) < below).any():
+        cuts = {f"t<{below}": low, **cuts}
+    out = {
+        k: {
+            name: paired(getattr(before, k)[:, cut], getattr(after, k)[:, cut])
+            for name, cut in cuts.items()
+        }
+        for k in ("person", "face", "noise")
+    }
+    rows = [m for by in out.values() for m in by.values()]
+    for m, p in zip(rows, holm([m["p"] for m in rows])):
+        m["p_holm"] = p
     return out
 
-def compare(base,        # `Base`
-            unet,        # `ControlledUNet` to compare with the base's own
-            dataset,     # `PersonDataset`
-            lpips, face, # judges
-            before=None, # `Scores` of the base, if they are known already
-            below=None,  # also report the levels t < `below`: where the perceptual terms were on
-            **kw,        # for `one_step_scores`
-           ): # (metrics, `Scores` of the base, `Scores` of `unet`)
+
+def compare(
+    base,  # `Base`
+    unet,  # `ControlledUNet` to compare with the base's own
+    dataset,  # `PersonDataset`
+    lpips,
+    face,  # judges
+    before=None,  # `Scores` of the base, if they are known already
+    below=None,  # also report the levels t < `below`: where the perceptual terms were on
+    **kw,  # for `one_step_scores`
+):  # (metrics, `Scores` of the base, `Scores` of `unet`)
     "Paired one-step differences, for people, faces and noise."
-    before = before or one_step_scores(base, base.unet, dataset, lpips, face, **kw); after = one_step_scores(base, unet, dataset, lpips, face, **kw)
-    return dict(one_step=_apart(before, after, below), levels=list(before.levels), seed=kw.get("seed", 0), pictures=len(before.person)), before, after
+    before = before or one_step_scores(base, base.unet, dataset, lpips, face, **kw)
+    after = one_step_scores(base, unet, dataset, lpips, face, **kw)
+    return (
+        dict(
+            one_step=_apart(before, after, below),
+            levels=list(before.levels),
+            seed=kw.get("seed", 0),
+            pictures=len(before.person),
+        ),
+        before,
+        after,
+    )
 
 # %% ../nbs/06d_one_step_judges.ipynb #447b3e9b
-def format_metrics(metrics): # as `compare` returns them
+def format_metrics(metrics):  # as `compare` returns them
     "The paired table as text; a star where Holm's corrected p is below 5%."
-    rows = [f"{'':18s}{'base':>9s}{'model':>9s}{'change':>9s}   {'95% interval':20s}{'Holm':>6s}{'N':>6s}"]; p = lambda m: "     -" if m.get("p_holm") is None else f"{m['p_holm']:6.3f}"
+    rows = [
+        f"{'':18s}{'base':>9s}{'model':>9s}{'change':>9s}   {'95% interval':20s}{'Holm':>6s}{'N':>6s}"
+    ]
+
+    def p(m):
+        return "     -" if m.get("p_holm") is None else f"{m['p_holm']:6.3f}"
+
     for k, by in metrics["one_step"].items():
         for level, m in by.items():
-            rows.append(f"{k:8s} {level:9s}" + (f"{m['base']:9.4f}{m['model']:9.4f}{100*m['change']:+8.2f}%   {'[%+.2f%%, %+.2f%%]' % (100*m['low'], 100*m['high']):20s}{p(m)}{'*' if (m.get('p_holm') or 1) < .05 else ' '}{m['n']:5d}" if m["change"] is not None else "  nothing to score"))
+            rows.append(
+                f"{k:8s} {level:9s}"
+                + (
+                    f"{m['base']:9.4f}{m['model']:9.4f}{100 * m['change']:+8.2f}%   {'[%+.2f%%, %+.2f%%]' % (100 * m['low'], 100 * m['high']):20s}{p(m)}{'*' if (m.get('p_holm') or 1) < 0.05 else ' '}{m['n']:5d}"
+                    if m["change"] is not None
+                    else "  nothing to score"
+                )
+            )
     return "\n".join(rows)
 
 # %% ../nbs/06d_one_step_judges.ipynb #a330ebf2
-def _judge(run, n, levels, seed, device): # (config, what it was judged by and on, metrics, `Scores` of the base, `Scores` of the run)
+def _judge(
+    run, n, levels, seed, device
+):  # (config, what it was judged by and on, metrics, `Scores` of the base, `Scores` of the run)
     run = Path(run)
     for name in ("config.json", "data.json", "controlnet/config.json"):
-        if not (run/name).is_file(): raise FileNotFoundError(f"{run/name} is missing: a finished run is needed")
-    cfg, where = (json.loads((run/f).read_text()) for f in ("config.json", "data.json")); device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(cfg["base"], device); model = ControlledUNet(base.unet, load_branch(run/"controlnet", device).eval())
-    lpips, face = (m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"])))
-    got = compare(base, model, PersonDataset(where["val"], cfg["size"], crop=cfg.get("crop", "center")), lpips, face, below=cfg["T"] or None, n=n, levels=tuple(levels), seed=seed)
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run / name} is missing: a finished run is needed")
+    cfg, where = (json.loads((run / f).read_text()) for f in ("config.json", "data.json"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_base(cfg["base"], device)
+    model = ControlledUNet(base.unet, load_branch(run / "controlnet", device).eval())
+    lpips, face = (
+        m.to(device) for m in (judge_of_people(cfg["lpips_net"]), judge_of_faces(cfg["face_net"]))
+    )
+    got = compare(
+        base,
+        model,
+        PersonDataset(where["val"], cfg["size"], crop=cfg.get("crop", "center")),
+        lpips,
+        face,
+        below=cfg["T"] or None,
+        n=n,
+        levels=tuple(levels),
+        seed=seed,
+    )
     return cfg, (where["val"], *(cfg[k] for k in ("base", "size", "lpips_net", "face_net"))), *got
 
-def judge_run(run,         # run folder
-              n=64,        # held-out pictures
-              levels=(20, 60, 100, 200, 400), # timesteps
-              seed=1,      # of the noise
-              device=None, # a GPU if there is one
-              write=True,  # into the run's metrics.json
-             ): # metrics
+
+def judge_run(
+    run,  # run folder
+    n=64,  # held-out pictures
+    levels=(20, 60, 100, 200, 400),  # timesteps
+    seed=1,  # of the noise
+    device=None,  # a GPU if there is one
+    write=True,  # into the run's metrics.json
+):  # metrics
     "Judge a run against its base on its held-out pictures. Raises FileNotFoundError that names what is missing."
     metrics = _judge(run, n, levels, seed, device)[2]
-    if not write: return metrics
-    old = Path(run)/"metrics.json"; before = json.loads(old.read_text()) if old.is_file() else {}
-    old.write_text(json.dumps({**before, **metrics}, indent=1)); return metrics
+    if not write:
+        return metrics
+    old = Path(run) / "metrics.json"
+    before = json.loads(old.read_text()) if old.is_file() else {}
+    old.write_text(json.dumps({**before, **metrics}, indent=1))
+    return metrics
 
 # %% ../nbs/06d_one_step_judges.ipynb #893e8f3b
-def judge_runs(runs,  # {name: run folder}
-               n=64, levels=(20, 60, 100, 200, 400), seed=1, device=None): # as for `judge_run`
-    "({\"NAME minus base\", then \"LATER minus EARLIER\": one-step differences}, [a sentence for each run or pair that cannot be judged])."
+def judge_runs(
+    runs,  # {name: run folder}
+    n=64,
+    levels=(20, 60, 100, 200, 400),
+    seed=1,
+    device=None,
+):  # as for `judge_run`
+    '({"NAME minus base", then "LATER minus EARLIER": one-step differences}, [a sentence for each run or pair that cannot be judged]).'
     out, between, got, notes = {}, {}, {}, []
     for name, run in runs.items():
-        try: cfg, on, metrics, _, after = _judge(run, n, levels, seed, device)
-        except (OSError, ValueError, KeyError) as e: notes.append(f"no one-step metrics of {name}: {e if not isinstance(e, KeyError) else f'its record lacks {e}'}"); continue
+        try:
+            cfg, on, metrics, _, after = _judge(run, n, levels, seed, device)
+        except (OSError, ValueError, KeyError) as e:
+            notes.append(
+                f"no one-step metrics of {name}: {e if not isinstance(e, KeyError) else f'its record lacks {e}'}"
+            )
+            continue
         out[f"{name} minus base"] = metrics["one_step"]
         for other, (was, scores) in got.items():
-            if was != on: notes.append(f"no one-step difference of {name} and {other}: they were held to other pictures or networks"); continue
+            if was != on:
+                notes.append(
+                    f"no one-step difference of {name} and {other}: they were held to other pictures or networks"
+                )
+                continue
             between[f"{name} minus {other}"] = _apart(scores, after, cfg["T"] or None)
         got[name] = on, after
     return out | between, notes

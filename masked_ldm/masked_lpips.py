@@ -8,73 +8,107 @@ __all__ = ['unit', 'shrink_mask', 'load_lpips', 'MaskedLPIPS', 'check_pictures_m
 # %% ../nbs/03_masked_lpips.ipynb #c5d77a5f
 import warnings
 from functools import lru_cache
-import lpips, torch
+
+import lpips
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from scipy import ndimage
 from torch import nn
+
 from .as_it_goes import as_it_goes
 from .reach import _hull, reaches, run_windows, taps_of, windows
 
 # %% ../nbs/03_masked_lpips.ipynb #5c5a2b1b
-def unit(f,         # (B,C,h,w) features
-         eps=1e-10, # inside the root: lpips has none there, and its gradient at a zero vector is not finite
-        ): # (B,C,h,w) float32 or wider, of length 1 along C; a zero vector stays zero
+def unit(
+    f,  # (B,C,h,w) features
+    eps=1e-10,  # inside the root: lpips has none there, and its gradient at a zero vector is not finite
+):  # (B,C,h,w) float32 or wider, of length 1 along C; a zero vector stays zero
     "Scale features to unit length along the channels."
     f = f.to(torch.promote_types(torch.float32, f.dtype))
-    return f*(f.square().sum(1, keepdim=True) + eps).rsqrt()
+    return f * (f.square().sum(1, keepdim=True) + eps).rsqrt()
 
 # %% ../nbs/03_masked_lpips.ipynb #91e3ab77
 @lru_cache(maxsize=64)
 def _shrink(n, m):
     "(m, n) matrix: transpose of bilinear upsampling from `m` to `n`, rows summing to 1."
-    up = F.interpolate(torch.eye(m, dtype=torch.float64)[None], size=n, mode="linear", align_corners=False)[0]
-    return up/up.sum(1, keepdim=True)
+    up = F.interpolate(
+        torch.eye(m, dtype=torch.float64)[None], size=n, mode="linear", align_corners=False
+    )[0]
+    return up / up.sum(1, keepdim=True)
 
-def shrink_mask(mask, # (B,1,H,W) in [0,1]
-                size, # (h, w) of the map
-               ): # (B,1,h,w): how much of what each cell stands for is inside the mask, in [0,1]
+
+def shrink_mask(
+    mask,  # (B,1,H,W) in [0,1]
+    size,  # (h, w) of the map
+):  # (B,1,h,w): how much of what each cell stands for is inside the mask, in [0,1]
     "Pull a mask back to a feature map's own grid."
     A, B = (_shrink(n, m).to(mask.device, mask.dtype) for n, m in zip(mask.shape[-2:], size))
-    with torch.autocast(mask.device.type, enabled=False): return A @ mask @ B.T   # sums over thousands of pixels: not in half precision
+    with torch.autocast(mask.device.type, enabled=False):
+        return A @ mask @ B.T  # sums over thousands of pixels: not in half precision
 
 # %% ../nbs/03_masked_lpips.ipynb #4c28ee7d
-def load_lpips(net="vgg", # "vgg", "alex" or "squeeze"
-              ): # `lpips.LPIPS` with its trained network and heads
+def load_lpips(
+    net="vgg",  # "vgg", "alex" or "squeeze"
+):  # `lpips.LPIPS` with its trained network and heads
     "LPIPS by name. Raises FileNotFoundError when the network's weights can be neither found nor downloaded."
-    if net not in ("vgg", "alex", "squeeze"): raise ValueError(f"LPIPS net {net!r} is not one of vgg, alex, squeeze")
+    if net not in ("vgg", "alex", "squeeze"):
+        raise ValueError(f"LPIPS net {net!r} is not one of vgg, alex, squeeze")
     try:
-        with warnings.catch_warnings(): warnings.simplefilter("ignore", UserWarning); return lpips.LPIPS(net=net, verbose=False)   # it uses old names of torchvision
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return lpips.LPIPS(net=net, verbose=False)  # it uses old names of torchvision
     except OSError as e:
-        raise FileNotFoundError(f"LPIPS needs torchvision's ImageNet weights for {net}, which are neither in {torch.hub.get_dir()}/checkpoints nor could be downloaded ({e}); "
-                                f"missing: {dict(vgg='vgg16-397923af.pth', alex='alexnet-owt-7be5be79.pth', squeeze='squeezenet1_1-b8a52dc0.pth')[net]}") from None
+        raise FileNotFoundError(
+            f"LPIPS needs torchvision's ImageNet weights for {net}, which are neither in {torch.hub.get_dir()}/checkpoints nor could be downloaded ({e}); "
+            f"missing: {dict(vgg='vgg16-397923af.pth', alex='alexnet-owt-7be5be79.pth', squeeze='squeezenet1_1-b8a52dc0.pth')[net]}"
+        ) from None
+
 
 class _LpipsTaps(nn.Module):
     "The taps and heads inside an `lpips.LPIPS`."
+
     def __init__(self, model):
         super().__init__()
-        self.model, self.heads = model, [l.model[-1].weight.detach().flatten() for l in model.lins] if model.lpips else [torch.ones(c) for c in model.chns]   # without heads lpips sums
-    def scaled(self, x): return self.model.scaling_layer(x) if self.model.version == "0.1" else x
+        self.model, self.heads = (
+            model,
+            [l.model[-1].weight.detach().flatten() for l in model.lins]
+            if model.lpips
+            else [torch.ones(c) for c in model.chns],
+        )  # without heads lpips sums
+
+    def scaled(self, x):
+        return self.model.scaling_layer(x) if self.model.version == "0.1" else x
+
     @property
     def stages(self):
-        net = self.model.net; first, *rest = [getattr(net, f"slice{i+1}") for i in range(net.N_slices)]
+        net = self.model.net
+        first, *rest = [getattr(net, f"slice{i + 1}") for i in range(net.N_slices)]
         return [lambda x: first(self.scaled(x)), *rest]
-    def forward(self, x): return list(self.model.net(self.scaled(x)))
+
+    def forward(self, x):
+        return list(self.model.net(self.scaled(x)))
 
 # %% ../nbs/03_masked_lpips.ipynb #9691e593
 class MaskedLPIPS(nn.Module):
     "LPIPS averaged over people's masks: Eq. (2). Differentiable once, towards `pred` only."
-    def __init__(self, net="vgg",       # a name for `load_lpips`, an `lpips.LPIPS`, or a module (B,3,H,W) -> taps (B,C,h,w), one or a list or dict of them, with optional `heads` (per tap (C,) weights) and `stages`
-                 per_person=False,      # average within each person first, so that each counts once
-                 crop=True,             # run the network only on windows that people's features look at; False: on whole pictures
-                 at_once=512*512):      # pixels that go through the network together: what memory is needed for
+
+    def __init__(
+        self,
+        net="vgg",  # a name for `load_lpips`, an `lpips.LPIPS`, or a module (B,3,H,W) -> taps (B,C,h,w), one or a list or dict of them, with optional `heads` (per tap (C,) weights) and `stages`
+        per_person=False,  # average within each person first, so that each counts once
+        crop=True,  # run the network only on windows that people's features look at; False: on whole pictures
+        at_once=512 * 512,
+    ):  # pixels that go through the network together: what memory is needed for
         super().__init__()
         net = load_lpips(net) if isinstance(net, str) else net
         self.net = _LpipsTaps(net) if isinstance(net, lpips.LPIPS) else net
         self.per_person, self.crop, self.at_once, self._reaches = per_person, crop, at_once, {}
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
-    stages = property(lambda self: list(getattr(self.net, "stages", None) or [self.net]))  # the network in parts, each fed with the last tap of the one before
+    stages = property(
+        lambda self: list(getattr(self.net, "stages", None) or [self.net])
+    )  # the network in parts, each fed with the last tap of the one before
 
     def train(self, mode=True):
         "Stays in eval mode, whatever is asked."
@@ -83,169 +117,348 @@ class MaskedLPIPS(nn.Module):
     def _apart(self, tap, fp, ft, n):
         "How different two features (B,C,...) are at each position: (B,...)."
         d, heads = (unit(fp) - unit(ft)).square(), getattr(self.net, "heads", None)
-        return d.sum(1)/n if heads is None else (d*heads[tap].to(d).view(1, -1, *[1]*(d.ndim-2))).sum(1)
+        return (
+            d.sum(1) / n
+            if heads is None
+            else (d * heads[tap].to(d).view(1, -1, *[1] * (d.ndim - 2))).sum(1)
+        )
 
 # %% ../nbs/03_masked_lpips.ipynb #a2a2325a
 def check_pictures_match(pred, target):
     "Raises ValueError unless both are (B,3,H,W)."
-    if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != 3: raise ValueError(f"pred and target must both be (B,3,H,W), not {tuple(pred.shape)} and {tuple(target.shape)}")
+    if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != 3:
+        raise ValueError(
+            f"pred and target must both be (B,3,H,W), not {tuple(pred.shape)} and {tuple(target.shape)}"
+        )
 
-def check_mask(mask, # anything
-               size, # (H, W) of the pictures
-              ): # the mask
+
+def check_mask(
+    mask,  # anything
+    size,  # (H, W) of the pictures
+):  # the mask
     "Raises ValueError for what is not (K,1,H,W) in [0,1]."
-    if mask.ndim != 4 or mask.shape[1] != 1: raise ValueError(f"mask must be (B,1,H,W) or (K,1,H,W), not {tuple(mask.shape)}")
-    if mask.shape[-2:] != tuple(size): raise ValueError(f"mask is {tuple(mask.shape[-2:])} but the pictures are {tuple(size)}")
-    if mask.numel() and not (mask.amin() >= 0 and mask.amax() <= 1 + 1e-4): raise ValueError(f"mask must be in [0,1], not {mask.amin().item():g} to {mask.amax().item():g}")
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(f"mask must be (B,1,H,W) or (K,1,H,W), not {tuple(mask.shape)}")
+    if mask.shape[-2:] != tuple(size):
+        raise ValueError(f"mask is {tuple(mask.shape[-2:])} but the pictures are {tuple(size)}")
+    if mask.numel() and not (mask.amin() >= 0 and mask.amax() <= 1 + 1e-4):
+        raise ValueError(
+            f"mask must be in [0,1], not {mask.amin().item():g} to {mask.amax().item():g}"
+        )
     return mask
 
+
 @patch
-def maps(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
-         target,                 # (B,3,H,W) RGB in [-1,1]; no gradient goes here
-        ): # one (B,1,h,w) map a tap; their means add up to LPIPS
+def maps(
+    self: MaskedLPIPS,
+    pred,  # (B,3,H,W) RGB in [-1,1]
+    target,  # (B,3,H,W) RGB in [-1,1]; no gradient goes here
+):  # one (B,1,h,w) map a tap; their means add up to LPIPS
     "The difference maps of whole pictures, tap by tap. Raises ValueError for pictures that do not fit each other."
     check_pictures_match(pred, target)
-    with torch.no_grad(): ft = taps_of(self.net(target.clone()))
-    return [self._apart(l, p, t, len(ft))[:, None] for l, (p, t) in enumerate(zip(taps_of(self.net(pred.clone())), ft))]
+    with torch.no_grad():
+        ft = taps_of(self.net(target.clone()))
+    return [
+        self._apart(l, p, t, len(ft))[:, None]
+        for l, (p, t) in enumerate(zip(taps_of(self.net(pred.clone())), ft))
+    ]
 
 # %% ../nbs/03_masked_lpips.ipynb #135a57a9
-def split_mask(mask,    # (K,1,H,W)
-               cell=16, # pixels: parts nearer than this stay together
-              ): # (pieces (P,1,H,W) whose sum is the mask, (P,) which mask each is of)
+def split_mask(
+    mask,  # (K,1,H,W)
+    cell=16,  # pixels: parts nearer than this stay together
+):  # (pieces (P,1,H,W) whose sum is the mask, (P,) which mask each is of)
     "A mask's separate parts. An empty mask has none."
     coarse, pieces, owner = F.max_pool2d(mask, cell, ceil_mode=True)[:, 0].cpu().numpy() > 0, [], []
     for k, on in enumerate(coarse):
-        labels, n = ndimage.label(on, [[1]*3]*3); labels = torch.from_numpy(labels).to(mask.device)
-        for j in range(1, n+1):
-            part = (labels == j).repeat_interleave(cell, 0).repeat_interleave(cell, 1)[:mask.shape[2], :mask.shape[3]]
-            pieces.append(mask[k]*part); owner.append(k)
-    return torch.stack(pieces) if pieces else mask[:0], torch.tensor(owner, dtype=torch.long, device=mask.device)
+        labels, n = ndimage.label(on, [[1] * 3] * 3)
+        labels = torch.from_numpy(labels).to(mask.device)
+        for j in range(1, n + 1):
+            part = (
+                (labels == j)
+                .repeat_interleave(cell, 0)
+                .repeat_interleave(cell, 1)[: mask.shape[2], : mask.shape[3]]
+            )
+            pieces.append(mask[k] * part)
+            owner.append(k)
+    return torch.stack(pieces) if pieces else mask[:0], torch.tensor(
+        owner, dtype=torch.long, device=mask.device
+    )
 
 # %% ../nbs/03_masked_lpips.ipynb #11a763c5
 @patch
-def weights(self:MaskedLPIPS, mask, # (K,1,H,W)
-            index,                  # (K,) image of each mask
-            n,                      # images
-            sizes,                  # (h, w) of each tap's map
-            pieces, owner):         # from `split_mask`
+def weights(
+    self: MaskedLPIPS,
+    mask,  # (K,1,H,W)
+    index,  # (K,) image of each mask
+    n,  # images
+    sizes,  # (h, w) of each tap's map
+    pieces,
+    owner,
+):  # from `split_mask`
     "Per tap (P,h,w): the weight of each cell in an image's value, piece by piece."
-    seen = (mask.sum((1, 2, 3)) > 0).float(); people = torch.zeros(n, device=mask.device).index_add(0, index, seen).clamp(min=1); out = []
+    seen = (mask.sum((1, 2, 3)) > 0).float()
+    people = torch.zeros(n, device=mask.device).index_add(0, index, seen).clamp(min=1)
+    out = []
     for size in sizes:
-        w = shrink_mask(pieces, size)[:, 0]; whole = torch.zeros(len(mask), device=mask.device, dtype=w.dtype).index_add(0, owner, w.sum((1, 2)))
-        out.append(w/(whole.clamp(min=1e-12)[owner]*people[index[owner]])[:, None, None])
+        w = shrink_mask(pieces, size)[:, 0]
+        whole = torch.zeros(len(mask), device=mask.device, dtype=w.dtype).index_add(
+            0, owner, w.sum((1, 2))
+        )
+        out.append(w / (whole.clamp(min=1e-12)[owner] * people[index[owner]])[:, None, None])
     return out
 
 # %% ../nbs/03_masked_lpips.ipynb #704a3480
 @patch
-def reach(self:MaskedLPIPS, size): # (H, W) of the pictures
+def reach(self: MaskedLPIPS, size):  # (H, W) of the pictures
     "(per stage, per tap `Reach`; sizes of all maps; does cutting pay?), remembered."
     if size not in self._reaches:
-        p = next(self.net.parameters(), torch.zeros(())); rs = reaches(self.stages, size, p.dtype, p.device) if self.crop else None
-        if rs: sizes, far = [r.size for s in rs for r in s], max(r.hi - r.lo for r in reaches(lambda x: self.net(x), size, p.dtype, p.device))
+        p = next(self.net.parameters(), torch.zeros(()))
+        rs = reaches(self.stages, size, p.dtype, p.device) if self.crop else None
+        if rs:
+            sizes, far = (
+                [r.size for s in rs for r in s],
+                max(r.hi - r.lo for r in reaches(lambda x: self.net(x), size, p.dtype, p.device)),
+            )
         else:
-            with torch.no_grad(): sizes, far = [tuple(t.shape[-2:]) for t in taps_of(self.net(torch.zeros(1, 3, *size, dtype=p.dtype, device=p.device)))], max(size)
+            with torch.no_grad():
+                sizes, far = (
+                    [
+                        tuple(t.shape[-2:])
+                        for t in taps_of(
+                            self.net(torch.zeros(1, 3, *size, dtype=p.dtype, device=p.device))
+                        )
+                    ],
+                    max(size),
+                )
         self._reaches[size] = rs, sizes, far < min(size)
     return self._reaches[size]
 
-def _spans(on): # (P,n) bool
+
+def _spans(on):  # (P,n) bool
     "(first, last+1) of each row's true values, or None."
-    return [(int(v[0]), int(v[-1])+1) if len(v) else None for v in (r.nonzero()[0] for r in on.cpu().numpy())]
+    return [
+        (int(v[0]), int(v[-1]) + 1) if len(v) else None
+        for v in (r.nonzero()[0] for r in on.cpu().numpy())
+    ]
 
 # %% ../nbs/03_masked_lpips.ipynb #0eaeab8b
 class _Job:
     "Cells of one image that are run together: their weights, and the windows they need."
+
     def __init__(self, image, weights, wanted, reach, size):
-        self.image, self.weights, self.wanted, self.size, self.reach = image, weights, wanted, size, reach
-        count = iter(range(len(weights))); order = [[next(count) for _ in s] for s in reach]
-        self.key = tuple(tuple(windows(reach, [[wanted[side][i] for i in s] for s in order], self.sides(side))) for side in (0, 1))
-    def sides(self, side): return [self.size[side]] + [s[-1].size[side] for s in self.reach[:-1]]
+        self.image, self.weights, self.wanted, self.size, self.reach = (
+            image,
+            weights,
+            wanted,
+            size,
+            reach,
+        )
+        count = iter(range(len(weights)))
+        order = [[next(count) for _ in s] for s in reach]
+        self.key = tuple(
+            tuple(windows(reach, [[wanted[side][i] for i in s] for s in order], self.sides(side)))
+            for side in (0, 1)
+        )
+
+    def sides(self, side):
+        return [self.size[side]] + [s[-1].size[side] for s in self.reach[:-1]]
+
     @property
-    def share(self): # of the work on the whole picture
-        return sum((b-a)*(d-c)/(h*w) for (a, b), (c, d), h, w in zip(*self.key, self.sides(0), self.sides(1)))/len(self.reach)
+    def share(self):  # of the work on the whole picture
+        return sum(
+            (b - a) * (d - c) / (h * w)
+            for (a, b), (c, d), h, w in zip(*self.key, self.sides(0), self.sides(1))
+        ) / len(self.reach)
+
     def __add__(self, o):
-        return _Job(self.image, [a+b for a, b in zip(self.weights, o.weights)], [[_hull(*v) for v in zip(*w)] for w in zip(self.wanted, o.wanted)], self.reach, self.size)
+        return _Job(
+            self.image,
+            [a + b for a, b in zip(self.weights, o.weights)],
+            [[_hull(*v) for v in zip(*w)] for w in zip(self.wanted, o.wanted)],
+            self.reach,
+            self.size,
+        )
+
 
 def _merge(jobs):
     "Join jobs of one image as long as that makes less work."
     jobs = list(jobs)
     while len(jobs) > 1:
-        best = min(((both := jobs[i]+jobs[j]).share - jobs[i].share - jobs[j].share, i, j, both) for i in range(len(jobs)) for j in range(i))
-        if best[0] > 0: break
+        best = min(
+            ((both := jobs[i] + jobs[j]).share - jobs[i].share - jobs[j].share, i, j, both)
+            for i in range(len(jobs))
+            for j in range(i)
+        )
+        if best[0] > 0:
+            break
         jobs = [v for k, v in enumerate(jobs) if k not in best[1:3]] + [best[3]]
     return jobs
 
 # %% ../nbs/03_masked_lpips.ipynb #9409cdbf
 @patch
-def jobs(self:MaskedLPIPS, mask, index, n): # (K,1,H,W); (K,) image of each; number of images
+def jobs(self: MaskedLPIPS, mask, index, n):  # (K,1,H,W); (K,) image of each; number of images
     "{windows: [(image, weights of each tap)]}: what has to be run, and what for. Windows are None for a network that may look everywhere."
-    size = tuple(mask.shape[-2:]); reach, sizes, pays = self.reach(size); out = {}
-    pieces, owner = split_mask(mask) if pays else (mask, torch.arange(len(mask), device=mask.device))
+    size = tuple(mask.shape[-2:])
+    reach, sizes, pays = self.reach(size)
+    out = {}
+    pieces, owner = (
+        split_mask(mask) if pays else (mask, torch.arange(len(mask), device=mask.device))
+    )
     ws, image = self.weights(mask, index, n, sizes, pieces, owner), index[owner].tolist()
     if not pays:
-        ws = [torch.zeros(n, *w.shape[1:], device=w.device, dtype=w.dtype).index_add(0, index[owner], w) for w in ws]
-        on = (ws[0].sum((1, 2)) > 0).tolist(); return {None: [(i, [w[i] for w in ws]) for i in range(n) if on[i]]}
+        ws = [
+            torch.zeros(n, *w.shape[1:], device=w.device, dtype=w.dtype).index_add(
+                0, index[owner], w
+            )
+            for w in ws
+        ]
+        on = (ws[0].sum((1, 2)) > 0).tolist()
+        return {None: [(i, [w[i] for w in ws]) for i in range(n) if on[i]]}
     wanted = [list(zip(*(_spans((w > 0).any(axis)) for w in ws))) for axis in (2, 1)]
     everything = [[(0, s[side]) for s in sizes] for side in (0, 1)]
     for i in sorted(set(image)):
-        own = _merge(_Job(i, [w[k] for w in ws], [v[k] for v in wanted], reach, size) for k in range(len(image)) if image[k] == i)
-        if sum(j.share for j in own) > .9: own = [_Job(i, [sum(w) for w in zip(*(j.weights for j in own))], everything, reach, size)]
-        for j in own: out.setdefault(j.key, []).append((i, j.weights))
+        own = _merge(
+            _Job(i, [w[k] for w in ws], [v[k] for v in wanted], reach, size)
+            for k in range(len(image))
+            if image[k] == i
+        )
+        if sum(j.share for j in own) > 0.9:
+            own = [
+                _Job(i, [sum(w) for w in zip(*(j.weights for j in own))], everything, reach, size)
+            ]
+        for j in own:
+            out.setdefault(j.key, []).append((i, j.weights))
     return out
 
 # %% ../nbs/03_masked_lpips.ipynb #ac41395f
 @patch
-def _run(self:MaskedLPIPS, pred, target, weights, key, reach):
+def _run(self: MaskedLPIPS, pred, target, weights, key, reach):
     "(n,) weighted sums for pictures cut to the first window; the two sides go through the network abreast, so that only one stage of the target is ever held."
-    go = lambda x: run_windows(self.stages, reach, *key, x) if key else ((f, 0, 0) for f in taps_of(self.net(x)))
-    pred, target = (v.contiguous(memory_format=torch.channels_last) for v in (pred, target)); gp, gt, total = go(pred), go(target), 0
+
+    def go(x):
+        return (
+            run_windows(self.stages, reach, *key, x)
+            if key
+            else ((f, 0, 0) for f in taps_of(self.net(x)))
+        )
+
+    pred, target = (v.contiguous(memory_format=torch.channels_last) for v in (pred, target))
+    gp, gt, total = go(pred), go(target), 0
     for l, w in enumerate(weights):
-        with torch.no_grad(): ft, _, _ = next(gt)
-        fp, y, x = next(gp); (h, ww), C = fp.shape[-2:], fp.shape[1]; w = w[:, y:y+h, x:x+ww].flatten(); k = w.nonzero()[:, 0]
-        pick = lambda f: f.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, k)                # only cells that count
-        total = total + torch.zeros(len(pred), device=w.device, dtype=w.dtype).index_add(0, k//(h*ww), (w[k]*self._apart(l, pick(fp), pick(ft), len(weights))).to(w.dtype))
+        with torch.no_grad():
+            ft, _, _ = next(gt)
+        fp, y, x = next(gp)
+        (h, ww), C = fp.shape[-2:], fp.shape[1]
+        w = w[:, y : y + h, x : x + ww].flatten()
+        k = w.nonzero()[:, 0]
+
+        def pick(f):
+            return f.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, k)  # only cells that count
+
+        total = total + torch.zeros(len(pred), device=w.device, dtype=w.dtype).index_add(
+            0, k // (h * ww), (w[k] * self._apart(l, pick(fp), pick(ft), len(weights))).to(w.dtype)
+        )
     return total
 
 # %% ../nbs/03_masked_lpips.ipynb #b9f0ce6c
 @patch
-def forward(self:MaskedLPIPS, pred, # (B,3,H,W) RGB in [-1,1]
-            target,                 # (B,3,H,W) RGB in [-1,1]; no gradient goes here
-            mask,                   # (B,1,H,W) in [0,1]; with `per_person` (K,1,H,W), one a person
-            index=None,             # (K,) image of each person, needed with `per_person`
-           ): # (B,) mean over the mask, or mean over the means of an image's people; 0 without gradient where the mask is empty
+def forward(
+    self: MaskedLPIPS,
+    pred,  # (B,3,H,W) RGB in [-1,1]
+    target,  # (B,3,H,W) RGB in [-1,1]; no gradient goes here
+    mask,  # (B,1,H,W) in [0,1]; with `per_person` (K,1,H,W), one a person
+    index=None,  # (K,) image of each person, needed with `per_person`
+):  # (B,) mean over the mask, or mean over the means of an image's people; 0 without gradient where the mask is empty
     "Perceptual distance inside the mask, per image. Raises ValueError for shapes that do not fit, masks outside [0,1] and image numbers without `per_person`."
-    if self.per_person != (index is not None): raise ValueError("per_person=True needs `index`, the image number of each of the K masks" if self.per_person else "`index` is for per_person=True; without it pass the union of an image's people, (B,1,H,W)")
-    check_pictures_match(pred, target); check_mask(mask, pred.shape[-2:]); self.net.eval(); index = torch.arange(len(pred), device=pred.device) if index is None else index
-    if len(index) != len(mask): raise ValueError(f"{len(mask)} masks do not fit {len(index)} image numbers")
-    index = torch.as_tensor(index, device=pred.device).long(); p = next(self.net.parameters(), None)
-    if len(index) and not (index.min() >= 0 and index.max() < len(pred)): raise ValueError(f"index must be image numbers 0 to {len(pred)-1}, not {index.min().item()} to {index.max().item()}")
-    if p is not None and p.is_floating_point() and not torch.is_autocast_enabled(pred.device.type): pred, target = pred.to(p.dtype), target.to(p.dtype)
-    mask = mask.detach().to(torch.promote_types(torch.promote_types(torch.float32, pred.dtype), mask.dtype))
+    if self.per_person != (index is not None):
+        raise ValueError(
+            "per_person=True needs `index`, the image number of each of the K masks"
+            if self.per_person
+            else "`index` is for per_person=True; without it pass the union of an image's people, (B,1,H,W)"
+        )
+    check_pictures_match(pred, target)
+    check_mask(mask, pred.shape[-2:])
+    self.net.eval()
+    index = torch.arange(len(pred), device=pred.device) if index is None else index
+    if len(index) != len(mask):
+        raise ValueError(f"{len(mask)} masks do not fit {len(index)} image numbers")
+    index = torch.as_tensor(index, device=pred.device).long()
+    p = next(self.net.parameters(), None)
+    if len(index) and not (index.min() >= 0 and index.max() < len(pred)):
+        raise ValueError(
+            f"index must be image numbers 0 to {len(pred) - 1}, not {index.min().item()} to {index.max().item()}"
+        )
+    if p is not None and p.is_floating_point() and not torch.is_autocast_enabled(pred.device.type):
+        pred, target = pred.to(p.dtype), target.to(p.dtype)
+    mask = mask.detach().to(
+        torch.promote_types(torch.promote_types(torch.float32, pred.dtype), mask.dtype)
+    )
     jobs, reach = self.jobs(mask, index, len(pred)), self.reach(tuple(pred.shape[-2:]))[0]
+
     def work():
         for key, todo in jobs.items():
             rows, cols = (slice(*k[0]) for k in key) if key else (slice(None), slice(None))
-            area = (rows.stop-rows.start)*(cols.stop-cols.start) if key else mask.shape[-2]*mask.shape[-1]; n = max(1, self.at_once//area)
-            for part in (todo[i:i+n] for i in range(0, len(todo), n)):
-                images = torch.tensor([i for i, _ in part], device=pred.device); w = [torch.stack(v) for v in zip(*(w for _, w in part))]; cut = (..., rows, cols)
-                yield images, cut, lambda p: self._run(p, target.detach()[images][cut], w, key, reach)             # Eq. (2)
+            area = (
+                (rows.stop - rows.start) * (cols.stop - cols.start)
+                if key
+                else mask.shape[-2] * mask.shape[-1]
+            )
+            n = max(1, self.at_once // area)
+            for part in (todo[i : i + n] for i in range(0, len(todo), n)):
+                images = torch.tensor([i for i, _ in part], device=pred.device)
+                w = [torch.stack(v) for v in zip(*(w for _, w in part))]
+                cut = (..., rows, cols)
+                yield (
+                    images,
+                    cut,
+                    lambda p: self._run(p, target.detach()[images][cut], w, key, reach),
+                )  # Eq. (2)
+
     return as_it_goes(pred, work())
 
 # %% ../nbs/03_masked_lpips.ipynb #f4a684f8
-def region_mask(mask,         # (B,1,H,W) people, in [0,1]
-                boxes=None,   # (M,5) faces: rows of (image number, x0, y0, x1, y1)
-                joints=None,  # (K,17,3) COCO joints (x, y, visibility) of each person
-                index=None,   # (K,) image of each person
-                face=1., hands=1., body=1., background=0.): # weights, 0 or more
+def region_mask(
+    mask,  # (B,1,H,W) people, in [0,1]
+    boxes=None,  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
+    joints=None,  # (K,17,3) COCO joints (x, y, visibility) of each person
+    index=None,  # (K,) image of each person
+    face=1.0,
+    hands=1.0,
+    body=1.0,
+    background=0.0,
+):  # weights, 0 or more
     "(B,1,H,W) in [0,1]: a soft mask for `MaskedLPIPS`. Raises ValueError for weights that cannot be."
     w = dict(face=face, hands=hands, body=body, background=background)
-    if not all(0 <= v < float("inf") for v in w.values()) or not max(w.values()): raise ValueError(f"region weights must be 0 or more and not all 0, not {w}")
-    if joints is not None and index is None: raise ValueError("joints need `index`, the image number of each person")
-    mask = mask.to(torch.promote_types(torch.float32, mask.dtype)); H, W = mask.shape[-2:]; y, x = torch.arange(H, device=mask.device)[:, None]+.5, torch.arange(W, device=mask.device)+.5; out = body*mask + background*(1-mask)
-    for j, (elbow, wrist) in enumerate(((7, 9), (8, 10))*len(joints if joints is not None else ())):
-        k = j//2; e, c = joints[k, elbow], joints[k, wrist]
-        if not (e[2] > 0 and c[2] > 0): continue
-        at, r = c[:2] + .3*(c[:2]-e[:2]), .45*(c[:2]-e[:2]).norm(); i = int(index[k]); disc = ((x-at[0])**2 + (y-at[1])**2 <= r*r)*mask[i, 0]
-        out[i, 0] = out[i, 0]*(1-disc) + hands*disc
+    if not all(0 <= v < float("inf") for v in w.values()) or not max(w.values()):
+        raise ValueError(f"region weights must be 0 or more and not all 0, not {w}")
+    if joints is not None and index is None:
+        raise ValueError("joints need `index`, the image number of each person")
+    mask = mask.to(torch.promote_types(torch.float32, mask.dtype))
+    H, W = mask.shape[-2:]
+    y, x = (
+        torch.arange(H, device=mask.device)[:, None] + 0.5,
+        torch.arange(W, device=mask.device) + 0.5,
+    )
+    out = body * mask + background * (1 - mask)
+    for j, (elbow, wrist) in enumerate(
+        ((7, 9), (8, 10)) * len(joints if joints is not None else ())
+    ):
+        k = j // 2
+        e, c = joints[k, elbow], joints[k, wrist]
+        if not (e[2] > 0 and c[2] > 0):
+            continue
+        at, r = c[:2] + 0.3 * (c[:2] - e[:2]), 0.45 * (c[:2] - e[:2]).norm()
+        i = int(index[k])
+        disc = ((x - at[0]) ** 2 + (y - at[1]) ** 2 <= r * r) * mask[i, 0]
+        out[i, 0] = out[i, 0] * (1 - disc) + hands * disc
     for i, x0, y0, x1, y1 in boxes.tolist() if boxes is not None else ():
-        inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1); out[int(i), 0] = torch.where(inside, torch.maximum(out[int(i), 0], face*torch.ones_like(out[int(i), 0])) if face >= body else face*mask[int(i), 0] + background*(1-mask[int(i), 0]), out[int(i), 0])
-    return out/max(w.values())
+        inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+        out[int(i), 0] = torch.where(
+            inside,
+            torch.maximum(out[int(i), 0], face * torch.ones_like(out[int(i), 0]))
+            if face >= body
+            else face * mask[int(i), 0] + background * (1 - mask[int(i), 0]),
+            out[int(i), 0],
+        )
+    return out / max(w.values())

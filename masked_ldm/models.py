@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -20,117 +21,210 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
 # %% ../nbs/00_models.ipynb #aabf458d
-BASES = dict(tiny=str(files("masked_ldm")/"assets"/"tiny"), **dict.fromkeys(("sd15", "sd15-12gb"), "stable-diffusion-v1-5/stable-diffusion-v1-5"))
-PARTS = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer, scheduler=DDPMScheduler)
+BASES = dict(
+    tiny=str(files("masked_ldm") / "assets" / "tiny"),
+    **dict.fromkeys(("sd15", "sd15-12gb"), "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+)
+PARTS = dict(
+    vae=AutoencoderKL,
+    unet=UNet2DConditionModel,
+    text_encoder=CLIPTextModel,
+    tokenizer=CLIPTokenizer,
+    scheduler=DDPMScheduler,
+)
+
 
 @dataclass
 class Base:
     "The five frozen parts of a Stable Diffusion."
-    vae: AutoencoderKL               # pixels <-> latents
-    unet: UNet2DConditionModel       # noise predictor, frozen
+
+    vae: AutoencoderKL  # pixels <-> latents
+    unet: UNet2DConditionModel  # noise predictor, frozen
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
-    scheduler: DDPMScheduler         # the noise schedule it was trained with
-    path: str                        # where it was loaded from
+    scheduler: DDPMScheduler  # the noise schedule it was trained with
+    path: str  # where it was loaded from
 
     @property
-    def f(self): return 2**(len(self.vae.config.block_out_channels) - 1) # image side / latent side
+    def f(self):
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)  # image side / latent side
+
     @property
-    def device(self): return self.unet.device
+    def device(self):
+        return self.unet.device
 
 # %% ../nbs/00_models.ipynb #579d528b
-def check_base(index,   # parsed `model_index.json`
-               unet,    # parsed `unet/config.json`
-               path,    # for the message
-              ):
+def check_base(
+    index,  # parsed `model_index.json`
+    unet,  # parsed `unet/config.json`
+    path,  # for the message
+):
     "Raise ValueError if this is no Stable Diffusion 1.x/2.x text-to-image base."
     kind = index.get("_class_name", "?")
-    if "text_encoder_2" in index or "XL" in kind: raise ValueError(f"base {path} is {kind} with two text encoders; a Stable Diffusion 1.x or 2.x base is needed")
-    if unet.get("in_channels", 4) != 4: raise ValueError(f"base {path} has a UNet with {unet['in_channels']} input channels (inpainting or editing); a text-to-image base with 4 is needed")
+    if "text_encoder_2" in index or "XL" in kind:
+        raise ValueError(
+            f"base {path} is {kind} with two text encoders; a Stable Diffusion 1.x or 2.x base is needed"
+        )
+    if unet.get("in_channels", 4) != 4:
+        raise ValueError(
+            f"base {path} has a UNet with {unet['in_channels']} input channels (inpainting or editing); a text-to-image base with 4 is needed"
+        )
 
 # %% ../nbs/00_models.ipynb #493a9655
 def _missing(path):
     "Which of a local base's parts are not there."
-    want = dict(vae=("config.json", "*.safetensors"), unet=("config.json", "*.safetensors"), text_encoder=("config.json", "*.safetensors"),
-                tokenizer=("*.json",), scheduler=("scheduler_config.json",))
-    lost = [f"{part}/{pat}" for part, pats in want.items() for pat in pats if not list((Path(path)/part).glob(pat))]
-    return ([] if (Path(path)/"model_index.json").is_file() else ["model_index.json"]) + lost
+    want = dict(
+        vae=("config.json", "*.safetensors"),
+        unet=("config.json", "*.safetensors"),
+        text_encoder=("config.json", "*.safetensors"),
+        tokenizer=("*.json",),
+        scheduler=("scheduler_config.json",),
+    )
+    lost = [
+        f"{part}/{pat}"
+        for part, pats in want.items()
+        for pat in pats
+        if not list((Path(path) / part).glob(pat))
+    ]
+    return ([] if (Path(path) / "model_index.json").is_file() else ["model_index.json"]) + lost
 
-def _fetch(repo): # hub id -> local folder with what a base needs, from the cache if it is there
+
+def _fetch(repo):  # hub id -> local folder with what a base needs, from the cache if it is there
     from huggingface_hub import snapshot_download
-    keep = ["model_index.json", "vae/*.json", "vae/diffusion_pytorch_model.safetensors", "unet/*.json", "unet/diffusion_pytorch_model.safetensors",
-            "text_encoder/*.json", "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*"]
+
+    keep = [
+        "model_index.json",
+        "vae/*.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "unet/*.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/*.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/*",
+        "scheduler/*",
+    ]
     try:
-        if not _missing(path := snapshot_download(repo, allow_patterns=keep, local_files_only=True)): return path   # whole, not a broken-off download
-    except Exception: pass
-    try: return snapshot_download(repo, allow_patterns=keep)
+        if not _missing(
+            path := snapshot_download(repo, allow_patterns=keep, local_files_only=True)
+        ):
+            return path  # whole, not a broken-off download
+    except Exception:
+        pass
+    try:
+        return snapshot_download(repo, allow_patterns=keep)
     except Exception as e:
-        raise FileNotFoundError(f"base {repo} is neither a local folder nor in the Hugging Face cache, and could not be downloaded ({type(e).__name__}); missing: vae, unet, text_encoder, "
-                                f"tokenizer, scheduler. On a machine with internet run `hf download {repo}`, then copy the cache or pass the folder as `base`") from None
+        raise FileNotFoundError(
+            f"base {repo} is neither a local folder nor in the Hugging Face cache, and could not be downloaded ({type(e).__name__}); missing: vae, unet, text_encoder, "
+            f"tokenizer, scheduler. On a machine with internet run `hf download {repo}`, then copy the cache or pass the folder as `base`"
+        ) from None
+
 
 @contextmanager
 def _no_bars():
     "Silence transformers' progress bars for a while: they end up in notebooks."
-    shown = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
-    try: yield
-    finally: logging.enable_progress_bar() if shown else None
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar() if shown else None
 
-def load_base(name="tiny",         # "tiny", "sd15", a folder or a hub id
-              device="cpu",        # where the parts go
-              dtype=torch.float32, # of the weights
-             ): # `Base`, frozen and in eval mode
+
+def load_base(
+    name="tiny",  # "tiny", "sd15", a folder or a hub id
+    device="cpu",  # where the parts go
+    dtype=torch.float32,  # of the weights
+):  # `Base`, frozen and in eval mode
     "Load a base. Raises FileNotFoundError with what is missing, ValueError for a base that cannot be used. Only safetensors are opened."
     path = BASES.get(str(name), str(name))
-    if not Path(path).is_dir(): path = _fetch(path)
-    if lost := _missing(path): raise FileNotFoundError(f"base folder {path} lacks {', '.join(lost)}: it must be a Stable Diffusion folder in diffusers format with safetensors weights")
-    read = lambda p: json.loads((Path(path)/p).read_text())
+    if not Path(path).is_dir():
+        path = _fetch(path)
+    if lost := _missing(path):
+        raise FileNotFoundError(
+            f"base folder {path} lacks {', '.join(lost)}: it must be a Stable Diffusion folder in diffusers format with safetensors weights"
+        )
+
+    def read(p):
+        return json.loads((Path(path) / p).read_text())
+
     check_base(read("model_index.json"), read("unet/config.json"), path)
     kw = dict(use_safetensors=True, torch_dtype=dtype)
-    with _no_bars(): parts = {k: c.from_pretrained(path, subfolder=k, **(kw if issubclass(c, nn.Module) else {})) for k, c in PARTS.items()}
+    with _no_bars():
+        parts = {
+            k: c.from_pretrained(path, subfolder=k, **(kw if issubclass(c, nn.Module) else {}))
+            for k, c in PARTS.items()
+        }
     for m in parts.values():
-        if isinstance(m, nn.Module): m.to(device).eval().requires_grad_(False)
+        if isinstance(m, nn.Module):
+            m.to(device).eval().requires_grad_(False)
     return Base(**parts, path=str(name))
 
 # %% ../nbs/00_models.ipynb #43b94683
 @patch
 @torch.no_grad()
-def moments(self:Base, images, # (B,3,H,W) RGB in [-1,1]
-           ): # (B,8,H/f,W/f) mean and log-variance of the posterior, in the precision in which the VAE works
+def moments(
+    self: Base,
+    images,  # (B,3,H,W) RGB in [-1,1]
+):  # (B,8,H/f,W/f) mean and log-variance of the posterior, in the precision in which the VAE works
     "What the VAE knows of images before any noise, without gradient: all that is worth keeping of an encoding."
     return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
 
-@patch
-@torch.no_grad()
-def draw(self:Base, moments, # (B,8,h,w) from `Base.moments`
-         noise=None,         # (B,4,h,w) standard normal: a draw from the posterior; None takes its mode
-        ): # (B,4,h,w) latents of unit scale
-    "Latents from a posterior, without gradient."
-    d = DiagonalGaussianDistribution(moments)
-    return (d.mode() if noise is None else d.mean.float() + d.std.float()*noise).float()*self.vae.config.scaling_factor
 
 @patch
-def encode(self:Base, images, # (B,3,H,W) RGB in [-1,1]
-           noise=None,        # (B,4,H/f,W/f) standard normal: a draw from the posterior; None takes its mode
-          ): # (B,4,H/f,W/f) latents of unit scale
+@torch.no_grad()
+def draw(
+    self: Base,
+    moments,  # (B,8,h,w) from `Base.moments`
+    noise=None,  # (B,4,h,w) standard normal: a draw from the posterior; None takes its mode
+):  # (B,4,h,w) latents of unit scale
+    "Latents from a posterior, without gradient."
+    d = DiagonalGaussianDistribution(moments)
+    return (
+        d.mode() if noise is None else d.mean.float() + d.std.float() * noise
+    ).float() * self.vae.config.scaling_factor
+
+
+@patch
+def encode(
+    self: Base,
+    images,  # (B,3,H,W) RGB in [-1,1]
+    noise=None,  # (B,4,H/f,W/f) standard normal: a draw from the posterior; None takes its mode
+):  # (B,4,H/f,W/f) latents of unit scale
     "Images to latents, without gradient."
     return self.draw(self.moments(images), noise)
 
+
 @patch
-def decode(self:Base, latents, # (B,4,h,w) of unit scale
-          ): # (B,3,h*f,w*f) RGB, around [-1,1], not clamped: a clamp would cut the gradient where it saturates
+def decode(
+    self: Base,
+    latents,  # (B,4,h,w) of unit scale
+):  # (B,3,h*f,w*f) RGB, around [-1,1], not clamped: a clamp would cut the gradient where it saturates
     "Latents to images, with gradient."
-    return self.vae.decode((latents/self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+    return self.vae.decode(
+        (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+    ).sample.float()
+
 
 @patch
 @torch.no_grad()
-def embed(self:Base, texts, # list of B captions
-         ): # (B,77,D) text embeddings
+def embed(
+    self: Base,
+    texts,  # list of B captions
+):  # (B,77,D) text embeddings
     "Captions to embeddings, without gradient."
-    ids = self.tokenizer(list(texts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    ids = self.tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=self.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
     return self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state.float()
 
 # %% ../nbs/00_models.ipynb #62885d1d
-def _no_hint(cond): return 0.  # what the untrained hint embedding adds
+def _no_hint(cond):
+    return 0.0  # what the untrained hint embedding adds
+
 
 def _skip_hint(branch):
     "Leave the hint embedding out of the computation, and of training; its weights stay and are saved."
@@ -138,45 +232,78 @@ def _skip_hint(branch):
     branch.controlnet_cond_embedding.requires_grad_(False)
     return branch
 
-def make_branch(unet, # the frozen `UNet2DConditionModel`
-                f=8,  # image side / latent side, so that the saved branch takes hints of image size
-               ): # `ControlNetModel`, trainable but for its hint embedding
+
+def make_branch(
+    unet,  # the frozen `UNet2DConditionModel`
+    f=8,  # image side / latent side, so that the saved branch takes hints of image size
+):  # `ControlNetModel`, trainable but for its hint embedding
     "A hint-free ControlNet branch, initialised from the base's encoder."
-    widths = (16, 32, 96, 256)[:max(1, f.bit_length())]
-    with torch.random.fork_rng(devices=[]):   # the unused hint embedding is random: let it at least be always the same
-        torch.manual_seed(0); branch = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    widths = (16, 32, 96, 256)[: max(1, f.bit_length())]
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the unused hint embedding is random: let it at least be always the same
+        torch.manual_seed(0)
+        branch = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     return _skip_hint(branch.float().to(unet.device).train().requires_grad_(True))
 
-def load_branch(path,        # folder written by `branch.save_pretrained`
-                device="cpu",        # where it goes
-                dtype=torch.float32): # of the weights
+
+def load_branch(
+    path,  # folder written by `branch.save_pretrained`
+    device="cpu",  # where it goes
+    dtype=torch.float32,
+):  # of the weights
     "A saved branch. Raises FileNotFoundError with what is missing. Only safetensors are opened."
-    if not (Path(path)/"config.json").is_file() or not list(Path(path).glob("*.safetensors")):
-        raise FileNotFoundError(f"branch folder {path} needs config.json and safetensors weights, as written by a run into its controlnet/ folder")
-    return _skip_hint(ControlNetModel.from_pretrained(path, use_safetensors=True, torch_dtype=dtype).to(device))
+    if not (Path(path) / "config.json").is_file() or not list(Path(path).glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"branch folder {path} needs config.json and safetensors weights, as written by a run into its controlnet/ folder"
+        )
+    return _skip_hint(
+        ControlNetModel.from_pretrained(path, use_safetensors=True, torch_dtype=dtype).to(device)
+    )
 
 # %% ../nbs/00_models.ipynb #90535383
 class ControlledUNet(nn.Module):
     "The frozen UNet with the branch's residuals added to its decoder; called like `UNet2DConditionModel`."
-    def __init__(self, unet,     # frozen `UNet2DConditionModel`
-                 branch,         # `ControlNetModel` from `make_branch` or `load_branch`
-                 strength=1.):   # factor on the branch's residuals; 0 leaves the base alone
+
+    def __init__(
+        self,
+        unet,  # frozen `UNet2DConditionModel`
+        branch,  # `ControlNetModel` from `make_branch` or `load_branch`
+        strength=1.0,
+    ):  # factor on the branch's residuals; 0 leaves the base alone
         super().__init__()
         self.unet, self.branch, self.strength = unet, branch, strength
 
     @property
-    def config(self): return self.unet.config
-    @property
-    def dtype(self): return self.unet.dtype
-    @property
-    def device(self): return self.unet.device
+    def config(self):
+        return self.unet.config
 
-    def forward(self, sample,          # (B,4,h,w) noisy latents x_t
-                timestep,              # scalar or (B,)
-                encoder_hidden_states, # (B,77,D) text embeddings
-                **kwargs):             # passed on to the UNet
+    @property
+    def dtype(self):
+        return self.unet.dtype
+
+    @property
+    def device(self):
+        return self.unet.device
+
+    def forward(
+        self,
+        sample,  # (B,4,h,w) noisy latents x_t
+        timestep,  # scalar or (B,)
+        encoder_hidden_states,  # (B,77,D) text embeddings
+        **kwargs,
+    ):  # passed on to the UNet
         "What the UNet returns: the model output (B,4,h,w)."
         if self.strength:
-            down, mid = self.branch(sample, timestep, encoder_hidden_states, controlnet_cond=sample, conditioning_scale=self.strength, return_dict=False)
-            kwargs = dict(kwargs, down_block_additional_residuals=down, mid_block_additional_residual=mid)
+            down, mid = self.branch(
+                sample,
+                timestep,
+                encoder_hidden_states,
+                controlnet_cond=sample,
+                conditioning_scale=self.strength,
+                return_dict=False,
+            )
+            kwargs = dict(
+                kwargs, down_block_additional_residuals=down, mid_block_additional_residual=mid
+            )
         return self.unet(sample, timestep, encoder_hidden_states, **kwargs)

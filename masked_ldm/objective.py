@@ -9,260 +9,492 @@ __all__ = ['GATES', 'BANDS', 'term_weights', 'gate_weight', 'warm_up', 'publishe
 # %% ../nbs/04b_objective.ipynb #31c54709
 import math
 from dataclasses import dataclass, field
+
 import torch
 from fastcore.basics import patch
 from torch import nn
+
 from .decode import by_parts, decode_around, shown
 from .face_loss import check_boxes, grow_boxes
 from .masked_lpips import check_mask
 
 # %% ../nbs/04b_objective.ipynb #17e4fcfa
-def term_weights(low,       # (B,) how much of the perceptual terms a sample gets: bool, t < T, or a soft gate in [0,1]
-                 has_mask,  # (B,) bool: somebody is in the picture
-                 has_face,  # (B,) bool: a usable face is in the picture
-                 lambda1,   # weight of LPIPS in Eq. (3)
-                 lambda2,   # weight of the face loss in Eq. (3)
-                ): # (3,B) weights of LPIPS, face and LDM; every column sums to 1
+def term_weights(
+    low,  # (B,) how much of the perceptual terms a sample gets: bool, t < T, or a soft gate in [0,1]
+    has_mask,  # (B,) bool: somebody is in the picture
+    has_face,  # (B,) bool: a usable face is in the picture
+    lambda1,  # weight of LPIPS in Eq. (3)
+    lambda2,  # weight of the face loss in Eq. (3)
+):  # (3,B) weights of LPIPS, face and LDM; every column sums to 1
     "The weights of Eq. (3) for each sample, rescaled over the terms that apply."
-    low = low.float(); w = torch.stack([lambda1*low*has_mask, lambda2*low*has_face, 1. - (lambda1 + lambda2)*low])
+    low = low.float()
+    w = torch.stack(
+        [lambda1 * low * has_mask, lambda2 * low * has_face, 1.0 - (lambda1 + lambda2) * low]
+    )
     total = w.sum(0)
-    w = w/torch.where(total > 1e-6, total, 1)
-    w[2] = torch.where(total > 1e-6, w[2], 1.)   # nothing to say at all: the plain loss
+    w = w / torch.where(total > 1e-6, total, 1)
+    w[2] = torch.where(total > 1e-6, w[2], 1.0)  # nothing to say at all: the plain loss
     return w
 
 # %% ../nbs/04b_objective.ipynb #b6161e78
-GATES = dict(hard=lambda u: (u < 1).float(), linear=lambda u: (1 - u).clamp(min=0), cosine=lambda u: torch.cos(u.clamp(max=1)*math.pi/2).square())
+GATES = dict(
+    hard=lambda u: (u < 1).float(),
+    linear=lambda u: (1 - u).clamp(min=0),
+    cosine=lambda u: torch.cos(u.clamp(max=1) * math.pi / 2).square(),
+)
 
-def gate_weight(t,    # (B,) timesteps
-                T,    # where the gate closes
-                kind="hard", # "hard", "linear", "cosine", or a function of t/T
-               ): # (B,) float32 in [0,1]; 0 from T on
+
+def gate_weight(
+    t,  # (B,) timesteps
+    T,  # where the gate closes
+    kind="hard",  # "hard", "linear", "cosine", or a function of t/T
+):  # (B,) float32 in [0,1]; 0 from T on
     "How much of the perceptual terms a timestep gets. Raises ValueError for a kind it does not know."
-    if not callable(kind) and kind not in GATES: raise ValueError(f"gate must be one of {', '.join(GATES)} or a function of t/T, not {kind!r}")
-    if T <= 0: return torch.zeros_like(t, dtype=torch.float32)
-    w = (kind if callable(kind) else GATES[kind])(t.float()/T)*(t < T)
-    if not ((w >= 0) & (w <= 1)).all(): raise ValueError(f"gate must give weights in [0,1] for t < T, not {w.min().item():g} to {w.max().item():g}")
+    if not callable(kind) and kind not in GATES:
+        raise ValueError(
+            f"gate must be one of {', '.join(GATES)} or a function of t/T, not {kind!r}"
+        )
+    if T <= 0:
+        return torch.zeros_like(t, dtype=torch.float32)
+    w = (kind if callable(kind) else GATES[kind])(t.float() / T) * (t < T)
+    if not ((w >= 0) & (w <= 1)).all():
+        raise ValueError(
+            f"gate must give weights in [0,1] for t < T, not {w.min().item():g} to {w.max().item():g}"
+        )
     return w
 
 # %% ../nbs/04b_objective.ipynb #c4f68e57
-def warm_up(steps,    # over which the factor rises
-            start=0,  # first step that is not 0
-           ): # function: step -> factor in [0,1]
+def warm_up(
+    steps,  # over which the factor rises
+    start=0,  # first step that is not 0
+):  # function: step -> factor in [0,1]
     "A linear schedule for the lambdas: 0 until `start`, 1 from `start + steps` on."
-    return lambda step: min(1., max(0., (step - start)/steps)) if steps else float(step >= start)
+    return lambda step: (
+        min(1.0, max(0.0, (step - start) / steps)) if steps else float(step >= start)
+    )
 
 # %% ../nbs/04b_objective.ipynb #47b54241
-def published_weights(low, has_mask, has_face, lambda1, lambda2): # like `term_weights`
+def published_weights(low, has_mask, has_face, lambda1, lambda2):  # like `term_weights`
     "The weights as the authors' code computes them: a missing face rescales LDM first and LPIPS by the result."
-    l1, l2, l3 = lambda1, lambda2, 1. - lambda1 - lambda2
-    n3 = l3/(l1 + l3) if l1 + l3 else 1.; n1 = l1/(l1 + n3)
-    face = torch.stack([torch.full((len(low),), v, device=low.device) for v in (l1, l2, l3)]); none = torch.stack([torch.full((len(low),), v, device=low.device) for v in (n1, 0., n3)])
-    plain = torch.zeros_like(face); plain[2] = 1
+    l1, l2, l3 = lambda1, lambda2, 1.0 - lambda1 - lambda2
+    n3 = l3 / (l1 + l3) if l1 + l3 else 1.0
+    n1 = l1 / (l1 + n3)
+    face = torch.stack([torch.full((len(low),), v, device=low.device) for v in (l1, l2, l3)])
+    none = torch.stack([torch.full((len(low),), v, device=low.device) for v in (n1, 0.0, n3)])
+    plain = torch.zeros_like(face)
+    plain[2] = 1
     return torch.where(low, torch.where(has_face, face, none), plain)
 
 # %% ../nbs/04b_objective.ipynb #31ec6421
 @dataclass
 class Terms:
     "What the objective computed; every tensor but `total` and `images` is (B,), in batch order."
-    total: torch.Tensor    # scalar, to call backward() on
-    ldm: torch.Tensor      # plain diffusion loss
-    lpips: torch.Tensor    # masked LPIPS; 0 where not computed
-    face: torch.Tensor     # face loss; 0 where not computed
+
+    total: torch.Tensor  # scalar, to call backward() on
+    ldm: torch.Tensor  # plain diffusion loss
+    lpips: torch.Tensor  # masked LPIPS; 0 where not computed
+    face: torch.Tensor  # face loss; 0 where not computed
     w_lpips: torch.Tensor  # the weights that multiplied them
     w_face: torch.Tensor
     w_ldm: torch.Tensor
     decoded: torch.Tensor  # bool: was this sample decoded?
-    images: torch.Tensor   # (D,3,H,W) the decoded estimates, or None
-    seen: dict = field(default_factory=dict) # what `check_gradients` needs to say why: gate, has_mask, has_face (B,), lambdas, x0 (B,4,h,w)
+    images: torch.Tensor  # (D,3,H,W) the decoded estimates, or None
+    seen: dict = field(
+        default_factory=dict
+    )  # what `check_gradients` needs to say why: gate, has_mask, has_face (B,), lambdas, x0 (B,4,h,w)
 
     def parts(self):
         "{name: (values, weights)} of the three terms."
-        return dict(lpips=(self.lpips, self.w_lpips), face=(self.face, self.w_face), ldm=(self.ldm, self.w_ldm))
+        return dict(
+            lpips=(self.lpips, self.w_lpips),
+            face=(self.face, self.w_face),
+            ldm=(self.ldm, self.w_ldm),
+        )
 
 # %% ../nbs/04b_objective.ipynb #cb90b737
-BANDS = (0, 50, 100, 200, 400, 700, 1000)   # edges of the bands of timesteps
+BANDS = (0, 50, 100, 200, 400, 700, 1000)  # edges of the bands of timesteps
 
-def by_band(t,     # (N,) timesteps
-            parts, # {term: ((N,) values, (N,) weights)}
-            edges=BANDS, # of the bands
-           ): # {"0-50": {"n": samples, term: mean, ...}, ...}, bands and terms without samples left out
+
+def by_band(
+    t,  # (N,) timesteps
+    parts,  # {term: ((N,) values, (N,) weights)}
+    edges=BANDS,  # of the bands
+):  # {"0-50": {"n": samples, term: mean, ...}, ...}, bands and terms without samples left out
     "Means of the terms by band of timesteps, over the samples that had them."
     out = {}
     for a, b in zip(edges, edges[1:]):
-        inside = (t >= a) & ((t < b) | (b == edges[-1]) & (t == b))   # a flow's t may be 1000
-        if inside.any(): out[f"{a}-{b}"] = dict(n=int(inside.sum()), **{k: v[on].mean().item() for k, (v, w) in parts.items() if (on := inside & (w > 0)).any()})
+        inside = (t >= a) & ((t < b) | (b == edges[-1]) & (t == b))  # a flow's t may be 1000
+        if inside.any():
+            out[f"{a}-{b}"] = dict(
+                n=int(inside.sum()),
+                **{
+                    k: v[on].mean().item()
+                    for k, (v, w) in parts.items()
+                    if (on := inside & (w > 0)).any()
+                },
+            )
     return out
 
 # %% ../nbs/04b_objective.ipynb #cdfe257e
 class MaskAwareObjective(nn.Module):
     "Eq. (3) of the paper, per sample. Raises ValueError for settings that cannot be."
-    def __init__(self, T,        # perceptual terms where t < T; 0 never, 1000 always
-                 lambda1,        # weight of `lpips`
-                 lambda2,        # weight of `face`; lambda1 + lambda2 <= 1
-                 lpips,          # `MaskedLPIPS`
-                 face,           # `FaceLoss`
-                 decode,         # latents (D,4,h,w) -> images (D,3,H,W) RGB in [-1,1], with gradient: `Base.decode`
-                 variant="paper", # "paper", or "as_published": the authors' code with its dead gradient, to compare with
-                 gate="hard",    # as in `gate_weight`
-                 schedule=None,  # step -> factor on both lambdas, for instance `warm_up(1000)`; None: always 1
-                 at_once=0,      # samples decoded and judged at a time while training: memory for so many, same gradient; 0: all
-                 margin=None):   # decode only a window around people and faces, grown by so many latent cells (`decode_around`); None: whole pictures
+
+    def __init__(
+        self,
+        T,  # perceptual terms where t < T; 0 never, 1000 always
+        lambda1,  # weight of `lpips`
+        lambda2,  # weight of `face`; lambda1 + lambda2 <= 1
+        lpips,  # `MaskedLPIPS`
+        face,  # `FaceLoss`
+        decode,  # latents (D,4,h,w) -> images (D,3,H,W) RGB in [-1,1], with gradient: `Base.decode`
+        variant="paper",  # "paper", or "as_published": the authors' code with its dead gradient, to compare with
+        gate="hard",  # as in `gate_weight`
+        schedule=None,  # step -> factor on both lambdas, for instance `warm_up(1000)`; None: always 1
+        at_once=0,  # samples decoded and judged at a time while training: memory for so many, same gradient; 0: all
+        margin=None,
+    ):  # decode only a window around people and faces, grown by so many latent cells (`decode_around`); None: whole pictures
         super().__init__()
-        if not 0 <= T <= 1000: raise ValueError(f"T must be between 0 and 1000, not {T}")
-        if not (lambda1 >= 0 and lambda2 >= 0 and lambda1 + lambda2 <= 1 + 1e-9): raise ValueError(f"lambda1 and lambda2 must be 0 or more and sum to at most 1, not {lambda1} + {lambda2}")
-        if variant not in ("paper", "as_published"): raise ValueError(f"variant must be 'paper' or 'as_published', not {variant!r}")
-        if variant == "as_published" and gate != "hard": raise ValueError(f"variant 'as_published' has a hard gate at T; gate {gate!r} is for variant 'paper'")
+        if not 0 <= T <= 1000:
+            raise ValueError(f"T must be between 0 and 1000, not {T}")
+        if not (lambda1 >= 0 and lambda2 >= 0 and lambda1 + lambda2 <= 1 + 1e-9):
+            raise ValueError(
+                f"lambda1 and lambda2 must be 0 or more and sum to at most 1, not {lambda1} + {lambda2}"
+            )
+        if variant not in ("paper", "as_published"):
+            raise ValueError(f"variant must be 'paper' or 'as_published', not {variant!r}")
+        if variant == "as_published" and gate != "hard":
+            raise ValueError(
+                f"variant 'as_published' has a hard gate at T; gate {gate!r} is for variant 'paper'"
+            )
         gate_weight(torch.zeros(1), T, gate)
         for name, weight, net in (("lpips", lambda1, lpips), ("face", lambda2, face)):
-            if weight and not callable(net): raise ValueError(f"{name} must be a loss, not {net!r}, since its weight is {weight}")
-        if isinstance(decode, nn.Module): decode = decode.__call__   # not a part: the autoencoder is somebody else's
-        self.T, self.lambda1, self.lambda2, self.lpips, self.face, self.decode = T, lambda1, lambda2, lpips, face, decode
-        self.variant, self.gate_kind, self.schedule, self.at_once, self.margin = variant, gate, schedule, at_once, margin
-        self.register_buffer("_factors", torch.ones(2))   # of `balance`
+            if weight and not callable(net):
+                raise ValueError(
+                    f"{name} must be a loss, not {net!r}, since its weight is {weight}"
+                )
+        if isinstance(decode, nn.Module):
+            decode = decode.__call__  # not a part: the autoencoder is somebody else's
+        self.T, self.lambda1, self.lambda2, self.lpips, self.face, self.decode = (
+            T,
+            lambda1,
+            lambda2,
+            lpips,
+            face,
+            decode,
+        )
+        self.variant, self.gate_kind, self.schedule, self.at_once, self.margin = (
+            variant,
+            gate,
+            schedule,
+            at_once,
+            margin,
+        )
+        self.register_buffer("_factors", torch.ones(2))  # of `balance`
 
-    factors = property(lambda self: dict(zip(("lpips", "face"), self._factors.tolist())))  # what `balance` multiplies the two weights by
+    factors = property(
+        lambda self: dict(zip(("lpips", "face"), self._factors.tolist()))
+    )  # what `balance` multiplies the two weights by
 
     def gate(self, t):
         "(B,) float in [0,1]: how much of the perceptual terms does this timestep get?"
-        return (t <= self.T).float() if self.variant == "as_published" and self.T else gate_weight(t, self.T, self.gate_kind)
+        return (
+            (t <= self.T).float()
+            if self.variant == "as_published" and self.T
+            else gate_weight(t, self.T, self.gate_kind)
+        )
 
 # %% ../nbs/04b_objective.ipynb #e3337d64
-def boxes_of(boxes, # (M,5) rows of (image number, x0, y0, x1, y1)
-             keep,  # (B,) bool: the images that stay
-            ): # (M',5) the boxes of those images, renumbered
+def boxes_of(
+    boxes,  # (M,5) rows of (image number, x0, y0, x1, y1)
+    keep,  # (B,) bool: the images that stay
+):  # (M',5) the boxes of those images, renumbered
     "Select images of a batch for its boxes."
-    number = keep.cumsum(0) - 1; boxes = boxes[keep[boxes[:, 0].long()]]
+    number = keep.cumsum(0) - 1
+    boxes = boxes[keep[boxes[:, 0].long()]]
     return torch.cat([number[boxes[:, 0].long(), None].to(boxes), boxes[:, 1:]], 1)
 
+
 @patch
-def look(self:MaskAwareObjective, x0, # (D,4,h,w) latents of those samples
-         rows,                       # (D,) their places in the batch, rising
-         target, mask, boxes, people, # of the whole batch, as for `forward`
-         lambda1, lambda2):          # a term with weight 0 is not computed
+def look(
+    self: MaskAwareObjective,
+    x0,  # (D,4,h,w) latents of those samples
+    rows,  # (D,) their places in the batch, rising
+    target,
+    mask,
+    boxes,
+    people,  # of the whole batch, as for `forward`
+    lambda1,
+    lambda2,
+):  # a term with weight 0 is not computed
     "(images (D,3,H,W), LPIPS (D,), face loss (D,)) of the samples that are looked at."
-    keep = torch.zeros(len(target), dtype=torch.bool, device=target.device).index_fill(0, rows, True); b = boxes_of(boxes, keep)
+    keep = torch.zeros(len(target), dtype=torch.bool, device=target.device).index_fill(
+        0, rows, True
+    )
+    b = boxes_of(boxes, keep)
     grad = torch.is_grad_enabled() and self.variant == "paper"
-    with torch.set_grad_enabled(grad): images = self.decode(x0) if self.margin is None else decode_around(self.decode, x0, target[rows], shown(mask[rows], grow_boxes(b, getattr(self.face, "margin", 0.), target.shape[-2:])), self.margin)
-    masks = (mask[rows],) if people is None else (people[0][keep[people[1]]], (keep.cumsum(0) - 1)[people[1][keep[people[1]]]])
+    with torch.set_grad_enabled(grad):
+        images = (
+            self.decode(x0)
+            if self.margin is None
+            else decode_around(
+                self.decode,
+                x0,
+                target[rows],
+                shown(
+                    mask[rows], grow_boxes(b, getattr(self.face, "margin", 0.0), target.shape[-2:])
+                ),
+                self.margin,
+            )
+        )
+    masks = (
+        (mask[rows],)
+        if people is None
+        else (people[0][keep[people[1]]], (keep.cumsum(0) - 1)[people[1][keep[people[1]]]])
+    )
     lp = self.lpips(images, target[rows], *masks) if lambda1 else images.new_zeros(len(rows))
-    return images, lp, self.face(images, target[rows], b) if lambda2 and len(b) else images.new_zeros(len(rows))
+    return (
+        images,
+        lp,
+        self.face(images, target[rows], b) if lambda2 and len(b) else images.new_zeros(len(rows)),
+    )
 
 # %% ../nbs/04b_objective.ipynb #a7de1c64
 @patch
-def forward(self:MaskAwareObjective, l_ldm, # (B,) plain loss of each sample
-            x0_latents,                     # (B,4,h,w) one-step estimates, from `predict_x0`
-            t,                              # (B,) or scalar timesteps
-            target,                         # (B,3,H,W) the pictures, RGB in [-1,1]
-            mask,                           # (B,1,H,W) people, in [0,1]
-            boxes,                          # (M,5) faces: rows of (image number, x0, y0, x1, y1)
-            people=None,                    # ((K,1,H,W) masks, (K,) image numbers), for a `MaskedLPIPS` with `per_person`
-            step=0,                         # of the run, for `schedule`
-            weight=None,                    # (B,) factor on each sample, from `stratified_timesteps`; None: 1
-            pick=None,                      # (B,) factor on its perceptual terms, from `capped`: where it is 0 nothing is decoded; None: 1
-           ): # `Terms`
+def forward(
+    self: MaskAwareObjective,
+    l_ldm,  # (B,) plain loss of each sample
+    x0_latents,  # (B,4,h,w) one-step estimates, from `predict_x0`
+    t,  # (B,) or scalar timesteps
+    target,  # (B,3,H,W) the pictures, RGB in [-1,1]
+    mask,  # (B,1,H,W) people, in [0,1]
+    boxes,  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
+    people=None,  # ((K,1,H,W) masks, (K,) image numbers), for a `MaskedLPIPS` with `per_person`
+    step=0,  # of the run, for `schedule`
+    weight=None,  # (B,) factor on each sample, from `stratified_timesteps`; None: 1
+    pick=None,  # (B,) factor on its perceptual terms, from `capped`: where it is 0 nothing is decoded; None: 1
+):  # `Terms`
     "The weighted loss and everything needed to log it. Raises ValueError for shapes that do not fit."
-    if l_ldm.ndim != 1 or len(l_ldm) != len(x0_latents): raise ValueError(f"l_ldm must be (B,), one value for each of the {len(x0_latents)} samples (reduction='none', then a mean over all dimensions but the first), not {tuple(l_ldm.shape)}")
-    l_ldm, t = l_ldm.to(torch.promote_types(torch.float32, l_ldm.dtype)), torch.as_tensor(t, device=l_ldm.device).expand(len(l_ldm))
+    if l_ldm.ndim != 1 or len(l_ldm) != len(x0_latents):
+        raise ValueError(
+            f"l_ldm must be (B,), one value for each of the {len(x0_latents)} samples (reduction='none', then a mean over all dimensions but the first), not {tuple(l_ldm.shape)}"
+        )
+    l_ldm, t = (
+        l_ldm.to(torch.promote_types(torch.float32, l_ldm.dtype)),
+        torch.as_tensor(t, device=l_ldm.device).expand(len(l_ldm)),
+    )
     check_mask(mask if people is None else people[0], target.shape[-2:])
-    if people is None and len(mask) != len(target): raise ValueError(f"{len(mask)} masks do not fit {len(target)} pictures")
-    f = self.schedule(step) if self.schedule else 1.; l1, l2 = self.lambda1*f, self.lambda2*f
-    if not (f >= 0 and l1 + l2 <= 1 + 1e-9): raise ValueError(f"schedule gives {f} at step {step}: the lambdas would be {l1:g} and {l2:g}, but must be 0 or more and sum to at most 1")
-    gate, lp, fc, images = self.gate(t), torch.zeros_like(l_ldm), torch.zeros_like(l_ldm), None; low = (gate > 0) & bool(l1 or l2)
+    if people is None and len(mask) != len(target):
+        raise ValueError(f"{len(mask)} masks do not fit {len(target)} pictures")
+    f = self.schedule(step) if self.schedule else 1.0
+    l1, l2 = self.lambda1 * f, self.lambda2 * f
+    if not (f >= 0 and l1 + l2 <= 1 + 1e-9):
+        raise ValueError(
+            f"schedule gives {f} at step {step}: the lambdas would be {l1:g} and {l2:g}, but must be 0 or more and sum to at most 1"
+        )
+    gate, lp, fc, images = self.gate(t), torch.zeros_like(l_ldm), torch.zeros_like(l_ldm), None
+    low = (gate > 0) & bool(l1 or l2)
     boxes = self.face.usable(check_boxes(boxes, len(l_ldm)), target.shape[-2:]) if l2 else boxes[:0]
-    has_mask = mask.flatten(1).sum(1) > 0 if people is None else torch.zeros_like(low).index_fill(0, people[1][people[0].flatten(1).sum(1) > 0], True)
+    has_mask = (
+        mask.flatten(1).sum(1) > 0
+        if people is None
+        else torch.zeros_like(low).index_fill(0, people[1][people[0].flatten(1).sum(1) > 0], True)
+    )
     has_face = torch.zeros_like(low).index_fill(0, boxes[:, 0].long(), True)
-    if self.variant == "paper": low = low & ((has_mask & bool(l1)) | has_face)   # nothing to look at: not decoded
+    if self.variant == "paper":
+        low = low & ((has_mask & bool(l1)) | has_face)  # nothing to look at: not decoded
     weights = published_weights if self.variant == "as_published" else term_weights
-    w1, w2, w3 = weights(low if self.variant == "as_published" else gate*low, has_mask, has_face, l1, l2).to(l_ldm.dtype)*(1. if weight is None else weight.to(l_ldm))
-    w1, w2 = (w*f.to(w)*(1. if pick is None else pick.to(w)) for f, w in zip(self._factors, (w1, w2)))
-    low = low if pick is None else low & (pick > 0); rows, total = low.nonzero()[:, 0], (w3*l_ldm).sum()/max(1, len(t))
+    w1, w2, w3 = weights(
+        low if self.variant == "as_published" else gate * low, has_mask, has_face, l1, l2
+    ).to(l_ldm.dtype) * (1.0 if weight is None else weight.to(l_ldm))
+    w1, w2 = (
+        w * f.to(w) * (1.0 if pick is None else pick.to(w)) for f, w in zip(self._factors, (w1, w2))
+    )
+    low = low if pick is None else low & (pick > 0)
+    rows, total = low.nonzero()[:, 0], (w3 * l_ldm).sum() / max(1, len(t))
     look, more = (lambda rows, z: self.look(z, rows, target, mask, boxes, people, l1, l2)), None
-    def part(rows, z): images, l, c = look(rows, z); return (w1[rows]*l + w2[rows]*c).sum()/len(t), images, l, c
+
+    def part(rows, z):
+        images, l, c = look(rows, z)
+        return (w1[rows] * l + w2[rows] * c).sum() / len(t), images, l, c
+
     if len(rows):
-        in_parts = self.at_once and self.variant == "paper" and torch.is_grad_enabled() and x0_latents.requires_grad
-        if in_parts: more, (images, *values) = by_parts(part, x0_latents, rows, self.at_once)
-        else: images, *values = look(rows, x0_latents[low])
+        in_parts = (
+            self.at_once
+            and self.variant == "paper"
+            and torch.is_grad_enabled()
+            and x0_latents.requires_grad
+        )
+        if in_parts:
+            more, (images, *values) = by_parts(part, x0_latents, rows, self.at_once)
+        else:
+            images, *values = look(rows, x0_latents[low])
         lp, fc = (v.masked_scatter(low, u.to(v.dtype)) for v, u in zip((lp, fc), values))
-    total = total + ((w1*lp + w2*fc).sum()/max(1, len(t)) if more is None else more)                                  # Eq. (3)
-    return Terms(total, l_ldm, lp, fc, w1, w2, w3, low, images, dict(gate=gate, has_mask=has_mask, has_face=has_face, x0=x0_latents, lambdas=(l1, l2), in_parts=more is not None))
+    total = total + (
+        (w1 * lp + w2 * fc).sum() / max(1, len(t)) if more is None else more
+    )  # Eq. (3)
+    return Terms(
+        total,
+        l_ldm,
+        lp,
+        fc,
+        w1,
+        w2,
+        w3,
+        low,
+        images,
+        dict(
+            gate=gate,
+            has_mask=has_mask,
+            has_face=has_face,
+            x0=x0_latents,
+            lambdas=(l1, l2),
+            in_parts=more is not None,
+        ),
+    )
 
 # %% ../nbs/04b_objective.ipynb #de6f41d5
 class DeadTerm(RuntimeError):
     "A term of the objective has no gradient at the trained weights."
 
+
 _NAME = dict(lpips="LPIPS", face="face loss", ldm="diffusion loss")
 
-def _why_silent(name, s): # term, `Terms.seen`
+
+def _why_silent(name, s):  # term, `Terms.seen`
     "Why a term has weight 0 in a whole batch."
-    if name == "ldm": return "lambda1 + lambda2 is 1, so nothing is left for it"
-    if not s["lambdas"][name == "face"]: return f"lambda{1 + (name == 'face')} is 0, or its schedule is at 0"
-    if not (s["gate"] > 0).any(): return "no sample of it has t < T"
-    return "no sample of it has a person in its mask where t < T: the mask is empty, perhaps after the crop" if name == "lpips" else "no sample of it has a usable face where t < T: no boxes, or all smaller than the face loss' min_size"
+    if name == "ldm":
+        return "lambda1 + lambda2 is 1, so nothing is left for it"
+    if not s["lambdas"][name == "face"]:
+        return f"lambda{1 + (name == 'face')} is 0, or its schedule is at 0"
+    if not (s["gate"] > 0).any():
+        return "no sample of it has t < T"
+    return (
+        "no sample of it has a person in its mask where t < T: the mask is empty, perhaps after the crop"
+        if name == "lpips"
+        else "no sample of it has a usable face where t < T: no boxes, or all smaller than the face loss' min_size"
+    )
+
 
 def _gradients(loss, at):
     "Gradients in float32, None where there is none; from the loss made larger as a loss scaler does, since what is half precision in between may underflow."
-    for scale in (2.**16, 2.**8, 1.):
-        grads = list(torch.autograd.grad(loss*scale, at, retain_graph=True, allow_unused=True))
-        if scale > 1 and not all(g is None or g.isfinite().all() for g in grads): continue
-        for k, g in enumerate(grads): grads[k] = None if g is None else g.float().div_(scale) if g.dtype == torch.float32 else g.float()/scale   # in place: one copy of the gradient
+    for scale in (2.0**16, 2.0**8, 1.0):
+        grads = list(torch.autograd.grad(loss * scale, at, retain_graph=True, allow_unused=True))
+        if scale > 1 and not all(g is None or g.isfinite().all() for g in grads):
+            continue
+        for k, g in enumerate(grads):
+            grads[k] = (
+                None
+                if g is None
+                else g.float().div_(scale)
+                if g.dtype == torch.float32
+                else g.float() / scale
+            )  # in place: one copy of the gradient
         return grads
+
 
 def _at_x0(name, terms):
     "(B,) gradient norm of each sample's value at its own x0_hat; 0 where it does not arrive."
-    values, x0 = terms.parts()[name][0], terms.seen.get("x0"); none = torch.zeros(len(values), device=values.device)
-    if x0 is None or not (values.requires_grad and x0.requires_grad): return none
-    g, = _gradients(values.sum(), [x0])
+    values, x0 = terms.parts()[name][0], terms.seen.get("x0")
+    none = torch.zeros(len(values), device=values.device)
+    if x0 is None or not (values.requires_grad and x0.requires_grad):
+        return none
+    (g,) = _gradients(values.sum(), [x0])
     return none if g is None else g.flatten(1).norm(dim=1)
+
 
 def _why_dead(name, terms):
     "Where a term's gradient was most probably cut."
     values, x0 = terms.parts()[name][0], terms.seen.get("x0")
-    if name == "ldm" and not values.requires_grad: return "the model output is detached or was computed under torch.no_grad()"
-    if name != "ldm" and x0 is not None and not x0.requires_grad: return "x0_hat has no gradient itself: the model output is detached or was computed under torch.no_grad()"
-    if name != "ldm" and values.requires_grad and x0 is not None and not _at_x0(name, terms).any(): return "the graph is whole and carries zeros: the picture is clamped where every pixel is saturated, or multiplied by 0, or the loss' network runs under torch.no_grad()"
-    if values.requires_grad: return "the graph does not lead to these weights: the branch is frozen or left out of the model, or other weights were passed"
-    if terms.images is not None and terms.images.requires_grad: return "the decoded picture has a gradient and the loss has none: the loss runs under torch.no_grad() or detaches its input"
+    if name == "ldm" and not values.requires_grad:
+        return "the model output is detached or was computed under torch.no_grad()"
+    if name != "ldm" and x0 is not None and not x0.requires_grad:
+        return "x0_hat has no gradient itself: the model output is detached or was computed under torch.no_grad()"
+    if name != "ldm" and values.requires_grad and x0 is not None and not _at_x0(name, terms).any():
+        return "the graph is whole and carries zeros: the picture is clamped where every pixel is saturated, or multiplied by 0, or the loss' network runs under torch.no_grad()"
+    if values.requires_grad:
+        return "the graph does not lead to these weights: the branch is frozen or left out of the model, or other weights were passed"
+    if terms.images is not None and terms.images.requires_grad:
+        return "the decoded picture has a gradient and the loss has none: the loss runs under torch.no_grad() or detaches its input"
     return "x0_hat has a gradient and the decoded picture has none: the decode runs under torch.no_grad(), or the picture passes through .detach() or a uint8 round trip"
 
 # %% ../nbs/04b_objective.ipynb #c7564600
-def gradient_norms(terms, # `Terms`, fresh from a forward pass with gradient
-                   at,    # list of tensors: the trained weights, or the model's output
-                   weighted=True, # of a term as it enters the total; else of its own mean over the samples that have it
-                  ): # {term: norm}
+def gradient_norms(
+    terms,  # `Terms`, fresh from a forward pass with gradient
+    at,  # list of tensors: the trained weights, or the model's output
+    weighted=True,  # of a term as it enters the total; else of its own mean over the samples that have it
+):  # {term: norm}
     "How hard each term pulls. Raises ValueError for terms that were differentiated in parts."
-    if terms.seen.get("in_parts"): raise ValueError("these terms were computed in parts (at_once), where each one's own gradient is gone: set objective.at_once = 0 for this pass")
+    if terms.seen.get("in_parts"):
+        raise ValueError(
+            "these terms were computed in parts (at_once), where each one's own gradient is gone: set objective.at_once = 0 for this pass"
+        )
     out = {}
     for name, (values, weights) in terms.parts().items():
-        loss, out[name] = (values*weights).mean() if weighted else (values*(weights > 0)).sum()/(weights > 0).sum().clamp(min=1), 0.
-        if not loss.requires_grad: continue
+        loss, out[name] = (
+            (values * weights).mean()
+            if weighted
+            else (values * (weights > 0)).sum() / (weights > 0).sum().clamp(min=1),
+            0.0,
+        )
+        if not loss.requires_grad:
+            continue
         norms = [g.norm() for g in _gradients(loss, at) if g is not None]
-        if norms: out[name] = torch.stack(norms).norm().item()
+        if norms:
+            out[name] = torch.stack(norms).norm().item()
     return out
 
-def check_gradients(terms,  # `Terms`, fresh from a forward pass with gradient
-                    params, # the trained weights
-                    expect=("ldm", "lpips", "face"), # terms that must be alive
-                   ): # {term: gradient norm of its weighted mean at `params`}
+
+def check_gradients(
+    terms,  # `Terms`, fresh from a forward pass with gradient
+    params,  # the trained weights
+    expect=("ldm", "lpips", "face"),  # terms that must be alive
+):  # {term: gradient norm of its weighted mean at `params`}
     "Each term's gradient norm at the trained weights. Raises `DeadTerm`, with a sentence that says which and probably why, if an expected one is silent, zero, not finite, or cut off, in the batch or in one of its samples."
     params = [p for p in params if p.requires_grad]
-    if not params: raise DeadTerm("no weight is trained: every parameter of the branch has requires_grad=False")
+    if not params:
+        raise DeadTerm(
+            "no weight is trained: every parameter of the branch has requires_grad=False"
+        )
     norms = gradient_norms(terms, params)
     for name in expect:
-        if not (terms.parts()[name][1] > 0).any(): raise DeadTerm(f"the {_NAME[name]} has weight 0 in every sample of the checked batch, so it cannot be checked: {_why_silent(name, terms.seen)}")
-        if not math.isfinite(norms[name]): raise DeadTerm(f"the {_NAME[name]} has gradient norm {norms[name]} at the trained weights; usually a value overflows in half precision, or a loss divides by zero")
-        if not norms[name]: raise DeadTerm(f"the {_NAME[name]} has gradient norm 0.0 at the trained weights, so it would train nothing; usually {_why_dead(name, terms)}")
-        dead = [] if name == "ldm" or terms.seen.get("x0") is None else ((terms.parts()[name][1] > 0) & (_at_x0(name, terms) == 0)).nonzero()[:, 0].tolist()
-        if dead: raise DeadTerm(f"the {_NAME[name]} has weight but no gradient at x0_hat in sample(s) {', '.join(map(str, dead))} of the checked batch; usually a part of the batch is decoded under torch.no_grad() or detached, or a picture is clamped where every pixel is saturated")
+        if not (terms.parts()[name][1] > 0).any():
+            raise DeadTerm(
+                f"the {_NAME[name]} has weight 0 in every sample of the checked batch, so it cannot be checked: {_why_silent(name, terms.seen)}"
+            )
+        if not math.isfinite(norms[name]):
+            raise DeadTerm(
+                f"the {_NAME[name]} has gradient norm {norms[name]} at the trained weights; usually a value overflows in half precision, or a loss divides by zero"
+            )
+        if not norms[name]:
+            raise DeadTerm(
+                f"the {_NAME[name]} has gradient norm 0.0 at the trained weights, so it would train nothing; usually {_why_dead(name, terms)}"
+            )
+        dead = (
+            []
+            if name == "ldm" or terms.seen.get("x0") is None
+            else ((terms.parts()[name][1] > 0) & (_at_x0(name, terms) == 0))
+            .nonzero()[:, 0]
+            .tolist()
+        )
+        if dead:
+            raise DeadTerm(
+                f"the {_NAME[name]} has weight but no gradient at x0_hat in sample(s) {', '.join(map(str, dead))} of the checked batch; usually a part of the batch is decoded under torch.no_grad() or detached, or a picture is clamped where every pixel is saturated"
+            )
     return norms
 
 # %% ../nbs/04b_objective.ipynb #841d54d7
 @patch
-def balance(self:MaskAwareObjective, terms, # `Terms`, before backward()
-            at,                             # tensor where pulls are compared: the model's output
-            keep=.9,                        # share of the old factors, in [0,1)
-           ): # {"lpips": factor, "face": factor}, used from the next forward on
+def balance(
+    self: MaskAwareObjective,
+    terms,  # `Terms`, before backward()
+    at,  # tensor where pulls are compared: the model's output
+    keep=0.9,  # share of the old factors, in [0,1)
+):  # {"lpips": factor, "face": factor}, used from the next forward on
     "Move the factors of the perceptual terms towards an equal pull; terms that are absent, or whose gradient is 0 or not finite, keep theirs. Norms are of this process: average `_factors` over several."
     norms = gradient_norms(terms, [at], weighted=False)
     for i, k in enumerate(("lpips", "face")):
-        if all(0 < norms[n] < math.inf for n in (k, "ldm")): self._factors[i] = (self._factors[i]**keep*(norms["ldm"]/norms[k])**(1-keep)).clamp(1e-3, 1e3)
+        if all(0 < norms[n] < math.inf for n in (k, "ldm")):
+            self._factors[i] = (
+                self._factors[i] ** keep * (norms["ldm"] / norms[k]) ** (1 - keep)
+            ).clamp(1e-3, 1e3)
     return self.factors

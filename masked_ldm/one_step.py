@@ -6,70 +6,117 @@
 __all__ = ['predict_x0', 'target', 'error_gain', 'propose_T']
 
 # %% ../nbs/02_one_step.ipynb #994b3dbb
-import re, torch
+import re
+
+import torch
 
 # %% ../nbs/02_one_step.ipynb #505fea2c
-def _like(values, x): # (B,) or scalar -> float32, shaped to multiply (B, ...)
-    return values.to(x.device, x.dtype).reshape(-1, *[1]*(x.ndim-1))
+def _like(values, x):  # (B,) or scalar -> float32, shaped to multiply (B, ...)
+    return values.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
-def predict_x0(model_output, # (B, ...) what the network returned at (x_t, t)
-               x_t,          # (B, ...) noisy latents
-               t,            # (B,) or scalar timesteps, in the scheduler's own units
-               scheduler,    # a diffusers scheduler whose x_t is sqrt(abar) x_0 + sqrt(1-abar) eps (DDPM, DDIM, PNDM, DPM-Solver, UniPC), or a flow-matching one
-              ): # (B, ...) the estimate of the clean latents, at least float32, differentiable
+
+def predict_x0(
+    model_output,  # (B, ...) what the network returned at (x_t, t)
+    x_t,  # (B, ...) noisy latents
+    t,  # (B,) or scalar timesteps, in the scheduler's own units
+    scheduler,  # a diffusers scheduler whose x_t is sqrt(abar) x_0 + sqrt(1-abar) eps (DDPM, DDIM, PNDM, DPM-Solver, UniPC), or a flow-matching one
+):  # (B, ...) the estimate of the clean latents, at least float32, differentiable
     "The one-step estimate of x_0: Eq. (4) of the paper. Raises ValueError for a scheduler or a kind of prediction it does not know."
-    if hasattr(scheduler, "is_scale_input_called") or re.search("Heun|KDPM2|EDM|ScoreSde|Wuerstchen", type(scheduler).__name__) and "FlowMatch" not in type(scheduler).__name__: raise ValueError(f"{type(scheduler).__name__} scales x_t in its own way: pass DDPMScheduler.from_config(scheduler.config)")
+    if (
+        hasattr(scheduler, "is_scale_input_called")
+        or re.search("Heun|KDPM2|EDM|ScoreSde|Wuerstchen", type(scheduler).__name__)
+        and "FlowMatch" not in type(scheduler).__name__
+    ):
+        raise ValueError(
+            f"{type(scheduler).__name__} scales x_t in its own way: pass DDPMScheduler.from_config(scheduler.config)"
+        )
     dtype = torch.promote_types(torch.float32, torch.promote_types(model_output.dtype, x_t.dtype))
     out, x_t, t = model_output.to(dtype), x_t.to(dtype), torch.as_tensor(t, device=x_t.device)
-    flow = "FlowMatch" in type(scheduler).__name__; steps = scheduler.config.num_train_timesteps if flow else len(getattr(scheduler, "alphas_cumprod", ()))
-    if not steps: raise ValueError(f"{type(scheduler).__name__} is neither a scheduler with alphas_cumprod nor a flow-matching one")
-    if t.numel() not in (1, len(x_t)): raise ValueError(f"{t.numel()} timesteps do not fit a batch of {len(x_t)}")
-    if t.numel() and not ((t >= 0) & (t <= steps - (not flow))).all(): raise ValueError(f"timesteps must be 0 to {steps - (not flow)}, not {t.min().item():g} to {t.max().item():g}")
-    if flow: return x_t - _like(t/steps, x_t)*out                                  # x_t = (1-s) x0 + s eps, out = eps - x0
+    flow = "FlowMatch" in type(scheduler).__name__
+    steps = (
+        scheduler.config.num_train_timesteps
+        if flow
+        else len(getattr(scheduler, "alphas_cumprod", ()))
+    )
+    if not steps:
+        raise ValueError(
+            f"{type(scheduler).__name__} is neither a scheduler with alphas_cumprod nor a flow-matching one"
+        )
+    if t.numel() not in (1, len(x_t)):
+        raise ValueError(f"{t.numel()} timesteps do not fit a batch of {len(x_t)}")
+    if t.numel() and not ((t >= 0) & (t <= steps - (not flow))).all():
+        raise ValueError(
+            f"timesteps must be 0 to {steps - (not flow)}, not {t.min().item():g} to {t.max().item():g}"
+        )
+    if flow:
+        return x_t - _like(t / steps, x_t) * out  # x_t = (1-s) x0 + s eps, out = eps - x0
     abar = scheduler.alphas_cumprod.to(x_t.device, dtype)[t.long()]
-    a, s, kind = _like(abar.sqrt(), x_t), _like((1-abar).sqrt(), x_t), scheduler.config.prediction_type
-    if kind == "epsilon" and not (abar > 0).all(): raise ValueError("alphas_cumprod is 0 at the last timestep (zero terminal SNR): a predicted epsilon says nothing of x_0 there")
-    if kind == "epsilon": return (x_t - s*out)/a                                    # Eq. (4)
-    if kind == "v_prediction": return a*x_t - s*out
-    if kind == "sample": return out
+    a, s, kind = (
+        _like(abar.sqrt(), x_t),
+        _like((1 - abar).sqrt(), x_t),
+        scheduler.config.prediction_type,
+    )
+    if kind == "epsilon" and not (abar > 0).all():
+        raise ValueError(
+            "alphas_cumprod is 0 at the last timestep (zero terminal SNR): a predicted epsilon says nothing of x_0 there"
+        )
+    if kind == "epsilon":
+        return (x_t - s * out) / a  # Eq. (4)
+    if kind == "v_prediction":
+        return a * x_t - s * out
+    if kind == "sample":
+        return out
     raise ValueError(f"prediction_type {kind!r} is not one of epsilon, v_prediction, sample")
 
 # %% ../nbs/02_one_step.ipynb #aac4329a
-def target(x0,        # (B, ...) clean latents
-           eps,       # (B, ...) the noise in x_t
-           t,         # (B,) timesteps
-           scheduler, # as in `predict_x0`
-          ): # (B, ...)
+def target(
+    x0,  # (B, ...) clean latents
+    eps,  # (B, ...) the noise in x_t
+    t,  # (B,) timesteps
+    scheduler,  # as in `predict_x0`
+):  # (B, ...)
     "The output for which `predict_x0` returns `x0`. Raises ValueError for a kind of prediction it does not know."
-    if "FlowMatch" in type(scheduler).__name__: return eps - x0
+    if "FlowMatch" in type(scheduler).__name__:
+        return eps - x0
     kind = scheduler.config.prediction_type
-    if kind == "epsilon": return eps
+    if kind == "epsilon":
+        return eps
     abar = scheduler.alphas_cumprod.to(x0)[torch.as_tensor(t, device=x0.device).long()]
-    if kind == "v_prediction": return _like(abar.sqrt(), x0)*eps - _like((1-abar).sqrt(), x0)*x0
-    if kind == "sample": return x0
+    if kind == "v_prediction":
+        return _like(abar.sqrt(), x0) * eps - _like((1 - abar).sqrt(), x0) * x0
+    if kind == "sample":
+        return x0
     raise ValueError(f"prediction_type {kind!r} is not one of epsilon, v_prediction, sample")
 
 # %% ../nbs/02_one_step.ipynb #8a1a24e6
-def error_gain(scheduler, # with `alphas_cumprod`
-               t,         # timesteps, any shape of ints
-              ): # same shape: error of x0_hat per unit of error in the predicted noise
+def error_gain(
+    scheduler,  # with `alphas_cumprod`
+    t,  # timesteps, any shape of ints
+):  # same shape: error of x0_hat per unit of error in the predicted noise
     "How much an error in the predicted noise is amplified in x0_hat."
     abar = scheduler.alphas_cumprod.double()[torch.as_tensor(t).to(scheduler.alphas_cumprod.device)]
-    return ((1-abar)/abar).sqrt()
+    return ((1 - abar) / abar).sqrt()
 
 # %% ../nbs/02_one_step.ipynb #b03e7525
-def propose_T(t,      # (n,) timesteps, rising
-              quality, # (n,) measured there, or (n,m) with m pictures and noises; NaN is left out
-              wanted, # the bound
-              smaller_is_better=False, # True for LPIPS and face distance, False for PSNR
-             ): # T in 0..1000: the bound holds for t < T; 0 if it never does; at most one more than the last timestep measured
+def propose_T(
+    t,  # (n,) timesteps, rising
+    quality,  # (n,) measured there, or (n,m) with m pictures and noises; NaN is left out
+    wanted,  # the bound
+    smaller_is_better=False,  # True for LPIPS and face distance, False for PSNR
+):  # T in 0..1000: the bound holds for t < T; 0 if it never does; at most one more than the last timestep measured
     "The gate that a wanted quality of x0_hat asks for. Raises ValueError if timesteps do not rise or nothing was measured."
-    t, q = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(quality, dtype=torch.float64); q = (q.nanmean(1) if q.ndim == 2 else q).clamp(-1e9, 1e9)
-    if len(t) != len(q) or (t.diff() <= 0).any(): raise ValueError("propose_T needs one quality a timestep, and timesteps that rise")
+    t, q = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(quality, dtype=torch.float64)
+    q = (q.nanmean(1) if q.ndim == 2 else q).clamp(-1e9, 1e9)
+    if len(t) != len(q) or (t.diff() <= 0).any():
+        raise ValueError("propose_T needs one quality a timestep, and timesteps that rise")
     t, q = t[~q.isnan()], q[~q.isnan()]
-    if not len(t) or wanted != wanted: raise ValueError("propose_T needs a bound and at least one measured quality; all are NaN")
-    over = (q - wanted)*(-1 if smaller_is_better else 1)   # 0 or more where the bound holds
-    if over[0] < 0: return 0
+    if not len(t) or wanted != wanted:
+        raise ValueError("propose_T needs a bound and at least one measured quality; all are NaN")
+    over = (q - wanted) * (-1 if smaller_is_better else 1)  # 0 or more where the bound holds
+    if over[0] < 0:
+        return 0
     bad = (over < 0).nonzero()[:, 0]
-    if not len(bad): return min(1000, int(t[-1])+1)
-    j = int(bad[0]); return int(t[j-1] + (t[j]-t[j-1])*over[j-1]/(over[j-1]-over[j]))
+    if not len(bad):
+        return min(1000, int(t[-1]) + 1)
+    j = int(bad[0])
+    return int(t[j - 1] + (t[j] - t[j - 1]) * over[j - 1] / (over[j - 1] - over[j]))

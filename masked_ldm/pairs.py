@@ -7,50 +7,100 @@ __all__ = ['pairs_of', 'measure_pairs', 'distance_table', 'distance_pairs']
 
 # %% ../nbs/06f_pairs.ipynb #ece35547
 from itertools import combinations
+
 import numpy as np
+
 from .compare import detectable, holm, interval, paired
-from .distances import Moments, frechet, frechet_draws, frechet_interval, frechet_swap, kid_values
+from masked_ldm.distances import (
+    Moments,
+    frechet,
+    frechet_draws,
+    frechet_interval,
+    frechet_swap,
+    kid_values,
+)
 
 # %% ../nbs/06f_pairs.ipynb #a4e82d5e
-def pairs_of(names): # of models; "base" and "real" may be among them
+def pairs_of(names):  # of models; "base" and "real" may be among them
     "[(earlier, later)]: the base and each run, then every two runs."
-    runs = [k for k in names if k not in ("real", "base")]; return [("base", k) for k in runs if "base" in names] + list(combinations(runs, 2))
+    runs = [k for k in names if k not in ("real", "base")]
+    return [("base", k) for k in runs if "base" in names] + list(combinations(runs, 2))
 
 # %% ../nbs/06f_pairs.ipynb #c79794cd
-def measure_pairs(values): # {model: {measure: (N,)}}, N the same for all
-    "{\"LATER minus EARLIER\": {measure: `paired`, with p_holm and detectable}}."
+def measure_pairs(values):  # {model: {measure: (N,)}}, N the same for all
+    '{"LATER minus EARLIER": {measure: `paired`, with p_holm and detectable}}.'
     out = {}
     for a, b in pairs_of(list(values)):
-        x, y = values[a], values[b]; both = {m: paired(x[m], y[m]) for m in y}; fixed = holm([d["p"] for d in both.values()])
-        sd = {m: np.nanstd(y[m]-x[m], ddof=1) if both[m]["n"] > 1 else np.nan for m in y}
-        out[f"{b} minus {a}"] = {m: dict(d, p_holm=q, detectable=detectable(sd[m], d["n"]) if d["n"] > 1 else None) for (m, d), q in zip(both.items(), fixed)}
+        x, y = values[a], values[b]
+        both = {m: paired(x[m], y[m]) for m in y}
+        fixed = holm([d["p"] for d in both.values()])
+        sd = {m: np.nanstd(y[m] - x[m], ddof=1) if both[m]["n"] > 1 else np.nan for m in y}
+        out[f"{b} minus {a}"] = {
+            m: dict(d, p_holm=q, detectable=detectable(sd[m], d["n"]) if d["n"] > 1 else None)
+            for (m, d), q in zip(both.items(), fixed)
+        }
     return out
 
 # %% ../nbs/06f_pairs.ipynb #b0ee9285
-def _enough(judged, region): return {k: f[region] for k, f in judged.items() if region in f and len(f[region][0]) >= 8 and len(np.unique(f[region][1])) >= 4}
+def _enough(judged, region):
+    return {
+        k: f[region]
+        for k, f in judged.items()
+        if region in f and len(f[region][0]) >= 8 and len(np.unique(f[region][1])) >= 4
+    }
 
-def distance_table(judged, # {name: {region: (features, prompt of each)}}, "real" among them
-                   refs,   # {region: (N,D) features}
-                   draws=50): # of the bootstrap
+
+def distance_table(
+    judged,  # {name: {region: (features, prompt of each)}}, "real" among them
+    refs,  # {region: (N,D) features}
+    draws=50,
+):  # of the bootstrap
     "{region: {name: {distance, low, high, kid, kid_low, kid_high, n}}}."
     out = {}
     for region, ref in refs.items():
-        if len(ref) < 8: continue
+        if len(ref) < 8:
+            continue
         moments, out[region] = Moments(ref), {}
         for name, (f, who) in _enough(judged, region).items():
-            d, k = frechet(f, moments), interval(kid_values(f, ref, who)); low, high = frechet_interval(d, frechet_draws([f], moments, draws, who=[who])[:, 0])
-            out[region][name] = dict(distance=d, low=low, high=high, kid=k["mean"], kid_low=k["low"], kid_high=k["high"], n=len(f))
+            d, k = frechet(f, moments), interval(kid_values(f, ref, who))
+            low, high = frechet_interval(d, frechet_draws([f], moments, draws, who=[who])[:, 0])
+            out[region][name] = dict(
+                distance=d,
+                low=low,
+                high=high,
+                kid=k["mean"],
+                kid_low=k["low"],
+                kid_high=k["high"],
+                n=len(f),
+            )
     return out
 
 # %% ../nbs/06f_pairs.ipynb #a54c66fc
-def distance_pairs(judged, refs, draws=50): # as for `distance_table`; bootstrap samples, and twice as many swaps
-    "{region: {\"A minus B\": {difference, low, high, p, kid}}}, on the same prompts; kid is what `paired` says of the prompts that have crops from both."
+def distance_pairs(
+    judged, refs, draws=50
+):  # as for `distance_table`; bootstrap samples, and twice as many swaps
+    '{region: {"A minus B": {difference, low, high, p, kid}}}, on the same prompts; kid is what `paired` says of the prompts that have crops from both.'
     out = {}
     for region, ref in refs.items():
-        if len(ref) < 8: continue
+        if len(ref) < 8:
+            continue
         moments, have, out[region] = Moments(ref), _enough(judged, region), {}
         for a, b in pairs_of(list(have)):
-            (x, wx), (y, wy) = have[a], have[b]; v = frechet_draws([x, y], moments, draws, who=[wx, wy]); d = frechet(y, moments) - frechet(x, moments); n = 1 + max(wx.max(), wy.max())
-            low, high = frechet_interval(d, v[:, 1]-v[:, 0]); kid = {k: v for k, v in paired(kid_values(x, ref, wx, n), kid_values(y, ref, wy, n)).items() if k in ("difference", "difference_low", "difference_high", "p", "n")}
-            out[region][f"{b} minus {a}"] = dict(difference=d, low=low, high=high, p=frechet_swap(x, y, moments, 2*draws, who=[wx, wy]), kid=kid)
+            (x, wx), (y, wy) = have[a], have[b]
+            v = frechet_draws([x, y], moments, draws, who=[wx, wy])
+            d = frechet(y, moments) - frechet(x, moments)
+            n = 1 + max(wx.max(), wy.max())
+            low, high = frechet_interval(d, v[:, 1] - v[:, 0])
+            kid = {
+                k: v
+                for k, v in paired(kid_values(x, ref, wx, n), kid_values(y, ref, wy, n)).items()
+                if k in ("difference", "difference_low", "difference_high", "p", "n")
+            }
+            out[region][f"{b} minus {a}"] = dict(
+                difference=d,
+                low=low,
+                high=high,
+                p=frechet_swap(x, y, moments, 2 * draws, who=[wx, wy]),
+                kid=kid,
+            )
     return out

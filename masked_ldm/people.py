@@ -7,254 +7,624 @@ __all__ = ['PLACES', 'LIGHTS', 'FRAMINGS', 'KIND_WORDS', 'WORLD_VERSION', 'VAL_I
            'sample_scene', 'Drawing', 'render', 'captions', 'face_box', 'annotate', 'write_split', 'write_world']
 
 # %% ../nbs/10_people.ipynb #cd597e8d
-import json, math
+import json
+import math
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace, asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
-from .draw import (Canvas, Look, Person, draw_person, skeleton, face_frame, shade, COLORS, SKINS, EYES, KINDS, MOODS,
-                             HATS, TOPS, BOTTOMS, PROPS, PARTS, JOINTS)
+
+from masked_ldm.draw import (
+    BOTTOMS,
+    COLORS,
+    EYES,
+    HATS,
+    JOINTS,
+    KINDS,
+    MOODS,
+    PARTS,
+    PROPS,
+    SKINS,
+    TOPS,
+    Canvas,
+    Look,
+    Person,
+    draw_person,
+    face_frame,
+    shade,
+    skeleton,
+)
 
 # %% ../nbs/10_people.ipynb #5889b716
-def _sky(c, top, bottom, y=.62):
+def _sky(c, top, bottom, y=0.62):
     "A vertical gradient from the top edge to height `y`."
-    g = Image.new("RGB", (1, 2)); g.putdata([top, bottom])
-    c.image.paste(g.resize((c.S, math.ceil(y*c.S)), Image.BILINEAR), (0, 0))
+    g = Image.new("RGB", (1, 2))
+    g.putdata([top, bottom])
+    c.image.paste(g.resize((c.S, math.ceil(y * c.S)), Image.BILINEAR), (0, 0))
 
-def _ground(c, y, col): c.poly([(0, y), (1, y), (1, 1), (0, 1)], col)
+
+def _ground(c, y, col):
+    c.poly([(0, y), (1, y), (1, 1), (0, 1)], col)
+
 
 def _hills(c, rng, y, h, col, n=5):
     "A soft ridge: `n` waves of height `h` standing on `y`."
-    c.blob([(-.2, y+.3)] + [(i/n, y - h*rng.uniform(.2, 1)) for i in range(-1, n+2)] + [(1.2, y+.3)], col)
+    c.blob(
+        [(-0.2, y + 0.3)]
+        + [(i / n, y - h * rng.uniform(0.2, 1)) for i in range(-1, n + 2)]
+        + [(1.2, y + 0.3)],
+        col,
+    )
+
 
 def _clouds(c, rng, n=2):
-    for _ in range(rng.integers(0, n+1)):
-        x, y, r = rng.uniform(.05, .95), rng.uniform(.06, .3), rng.uniform(.03, .06)
-        for d in (-1, 0, 1): c.disc(x+d*r*1.1, y-(d == 0)*r*.4, r, (250, 250, 252), r*.8)
+    for _ in range(rng.integers(0, n + 1)):
+        x, y, r = rng.uniform(0.05, 0.95), rng.uniform(0.06, 0.3), rng.uniform(0.03, 0.06)
+        for d in (-1, 0, 1):
+            c.disc(x + d * r * 1.1, y - (d == 0) * r * 0.4, r, (250, 250, 252), r * 0.8)
+
 
 def _tree(c, x, y, h, leaf, trunk=(112, 78, 52)):
-    c.limb((x, y), (x, y-.5*h), .06*h, .045*h, trunk)
-    for dx, dy, r in ((-.17, .55, .2), (.17, .55, .2), (0, .78, .24)): c.disc(x+dx*h, y-dy*h, r*h, shade(leaf, .82)); c.disc(x+(dx-.03)*h, y-(dy+.03)*h, r*h*.84, leaf)
+    c.limb((x, y), (x, y - 0.5 * h), 0.06 * h, 0.045 * h, trunk)
+    for dx, dy, r in ((-0.17, 0.55, 0.2), (0.17, 0.55, 0.2), (0, 0.78, 0.24)):
+        c.disc(x + dx * h, y - dy * h, r * h, shade(leaf, 0.82))
+        c.disc(x + (dx - 0.03) * h, y - (dy + 0.03) * h, r * h * 0.84, leaf)
 
 # %% ../nbs/10_people.ipynb #ac286c7d
 def _beach(c, rng):
     "Sky, sea, sand, perhaps a palm."
-    _sky(c, (96, 176, 232), (206, 234, 246)); _clouds(c, rng); y = rng.uniform(.5, .6)
-    if rng.random() < .6: c.disc(rng.uniform(.1, .9), .14, .06, (255, 236, 150))
-    _ground(c, y, (42, 140, 186)); _ground(c, y+.06, (70, 176, 206)); _ground(c, y+.1, (236, 244, 240)); _ground(c, y+.115, (240, 214, 160))
-    if rng.random() < .5:
-        x, s = rng.choice([.1, .9]), rng.uniform(.8, 1.1); top = (x, .72-.5*s)
-        c.stroke([(x, .72), (x+.03, .5), top], .03, (140, 100, 64))
-        for a in (-2.6, -2., -1.2, -.5, 0): c.limb(top, (top[0]+.16*math.cos(a), top[1]+.1*math.sin(a)+.05), .02, .006, (52, 138, 80))
+    _sky(c, (96, 176, 232), (206, 234, 246))
+    _clouds(c, rng)
+    y = rng.uniform(0.5, 0.6)
+    if rng.random() < 0.6:
+        c.disc(rng.uniform(0.1, 0.9), 0.14, 0.06, (255, 236, 150))
+    _ground(c, y, (42, 140, 186))
+    _ground(c, y + 0.06, (70, 176, 206))
+    _ground(c, y + 0.1, (236, 244, 240))
+    _ground(c, y + 0.115, (240, 214, 160))
+    if rng.random() < 0.5:
+        x, s = rng.choice([0.1, 0.9]), rng.uniform(0.8, 1.1)
+        top = (x, 0.72 - 0.5 * s)
+        c.stroke([(x, 0.72), (x + 0.03, 0.5), top], 0.03, (140, 100, 64))
+        for a in (-2.6, -2.0, -1.2, -0.5, 0):
+            c.limb(
+                top,
+                (top[0] + 0.16 * math.cos(a), top[1] + 0.1 * math.sin(a) + 0.05),
+                0.02,
+                0.006,
+                (52, 138, 80),
+            )
+
 
 def _park(c, rng):
     "Grass, hills and trees."
-    _sky(c, (124, 190, 236), (222, 240, 244)); _clouds(c, rng); y = rng.uniform(.52, .62)
-    _hills(c, rng, y, .12, (116, 176, 112)); _ground(c, y, (112, 182, 84)); _ground(c, y+.2, (98, 168, 74))
-    for _ in range(rng.integers(1, 4)): _tree(c, rng.uniform(0, 1), y+rng.uniform(.0, .1), rng.uniform(.3, .5), (58, 136, 70))
-    if rng.random() < .5: c.blob([(.35, y), (.65, y), (.9, 1.02), (.3, 1.02)], (222, 202, 160))
+    _sky(c, (124, 190, 236), (222, 240, 244))
+    _clouds(c, rng)
+    y = rng.uniform(0.52, 0.62)
+    _hills(c, rng, y, 0.12, (116, 176, 112))
+    _ground(c, y, (112, 182, 84))
+    _ground(c, y + 0.2, (98, 168, 74))
+    for _ in range(rng.integers(1, 4)):
+        _tree(c, rng.uniform(0, 1), y + rng.uniform(0.0, 0.1), rng.uniform(0.3, 0.5), (58, 136, 70))
+    if rng.random() < 0.5:
+        c.blob([(0.35, y), (0.65, y), (0.9, 1.02), (0.3, 1.02)], (222, 202, 160))
+
 
 def _street(c, rng):
     "House fronts, pavement, road."
-    _sky(c, (150, 196, 230), (226, 234, 238)); y, x = .66, -.05
+    _sky(c, (150, 196, 230), (226, 234, 238))
+    y, x = 0.66, -0.05
     while x < 1:
-        w, h = rng.uniform(.18, .32), rng.uniform(.35, .62); wall = [(198, 120, 96), (222, 188, 140), (166, 172, 180), (206, 150, 150), (150, 160, 142)][rng.integers(5)]
-        c.poly([(x, y), (x, y-h), (x+w, y-h), (x+w, y)], wall); c.poly([(x, y-h), (x+w, y-h), (x+w, y-h+.025), (x, y-h+.025)], shade(wall, .7))
-        for u in np.arange(x+.04, x+w-.05, .085):
-            for v in np.arange(y-h+.06, y-.08, .12): c.poly([(u, v), (u+.05, v), (u+.05, v+.07), (u, v+.07)], (108, 146, 172) if rng.random() < .75 else (248, 226, 150))
+        w, h = rng.uniform(0.18, 0.32), rng.uniform(0.35, 0.62)
+        wall = [(198, 120, 96), (222, 188, 140), (166, 172, 180), (206, 150, 150), (150, 160, 142)][
+            rng.integers(5)
+        ]
+        c.poly([(x, y), (x, y - h), (x + w, y - h), (x + w, y)], wall)
+        c.poly(
+            [(x, y - h), (x + w, y - h), (x + w, y - h + 0.025), (x, y - h + 0.025)],
+            shade(wall, 0.7),
+        )
+        for u in np.arange(x + 0.04, x + w - 0.05, 0.085):
+            for v in np.arange(y - h + 0.06, y - 0.08, 0.12):
+                c.poly(
+                    [(u, v), (u + 0.05, v), (u + 0.05, v + 0.07), (u, v + 0.07)],
+                    (108, 146, 172) if rng.random() < 0.75 else (248, 226, 150),
+                )
         x += w
-    _ground(c, y, (190, 188, 186)); _ground(c, .86, (98, 100, 108)); c.poly([(.05, .93), (.35, .93), (.33, .95), (.03, .95)], (236, 236, 230)); c.poly([(.6, .93), (.9, .93), (.88, .95), (.58, .95)], (236, 236, 230))
+    _ground(c, y, (190, 188, 186))
+    _ground(c, 0.86, (98, 100, 108))
+    c.poly([(0.05, 0.93), (0.35, 0.93), (0.33, 0.95), (0.03, 0.95)], (236, 236, 230))
+    c.poly([(0.6, 0.93), (0.9, 0.93), (0.88, 0.95), (0.58, 0.95)], (236, 236, 230))
 
 # %% ../nbs/10_people.ipynb #cd8330ba
 def _room(c, rng):
     "A wall, a floor, a window or a picture."
     wall = [(238, 222, 196), (196, 214, 216), (222, 200, 206), (204, 214, 186)][rng.integers(4)]
-    _ground(c, 0, wall); y = rng.uniform(.68, .76); _ground(c, y, (170, 122, 82)); _ground(c, y, shade(wall, .75)); _ground(c, y+.025, (176, 128, 88))
-    for v in (y+.1, y+.2): c.stroke([(0, v), (1, v)], .006, (150, 106, 72), smooth=False)
-    x, w = rng.choice([.06, .62]), .3
-    c.poly([(x, .1), (x+w, .1), (x+w, .46), (x, .46)], (250, 248, 242)); c.poly([(x+.025, .125), (x+w-.025, .125), (x+w-.025, .435), (x+.025, .435)], (150, 204, 236))
-    c.stroke([(x+w/2, .12), (x+w/2, .44)], .016, (250, 248, 242), smooth=False); c.stroke([(x+.02, .28), (x+w-.02, .28)], .016, (250, 248, 242), smooth=False)
-    x2 = .72 if x < .5 else .1
-    if rng.random() < .6: c.poly([(x2, .16), (x2+.2, .16), (x2+.2, .36), (x2, .36)], (120, 84, 56)); c.poly([(x2+.02, .18), (x2+.18, .18), (x2+.18, .34), (x2+.02, .34)], list(COLORS.values())[rng.integers(7)])
-    c.disc(.5, 1., .46, list(map(lambda v: shade(v, .9), COLORS.values()))[rng.integers(7)], .13)
+    _ground(c, 0, wall)
+    y = rng.uniform(0.68, 0.76)
+    _ground(c, y, (170, 122, 82))
+    _ground(c, y, shade(wall, 0.75))
+    _ground(c, y + 0.025, (176, 128, 88))
+    for v in (y + 0.1, y + 0.2):
+        c.stroke([(0, v), (1, v)], 0.006, (150, 106, 72), smooth=False)
+    x, w = rng.choice([0.06, 0.62]), 0.3
+    c.poly([(x, 0.1), (x + w, 0.1), (x + w, 0.46), (x, 0.46)], (250, 248, 242))
+    c.poly(
+        [(x + 0.025, 0.125), (x + w - 0.025, 0.125), (x + w - 0.025, 0.435), (x + 0.025, 0.435)],
+        (150, 204, 236),
+    )
+    c.stroke([(x + w / 2, 0.12), (x + w / 2, 0.44)], 0.016, (250, 248, 242), smooth=False)
+    c.stroke([(x + 0.02, 0.28), (x + w - 0.02, 0.28)], 0.016, (250, 248, 242), smooth=False)
+    x2 = 0.72 if x < 0.5 else 0.1
+    if rng.random() < 0.6:
+        c.poly([(x2, 0.16), (x2 + 0.2, 0.16), (x2 + 0.2, 0.36), (x2, 0.36)], (120, 84, 56))
+        c.poly(
+            [(x2 + 0.02, 0.18), (x2 + 0.18, 0.18), (x2 + 0.18, 0.34), (x2 + 0.02, 0.34)],
+            list(COLORS.values())[rng.integers(7)],
+        )
+    c.disc(0.5, 1.0, 0.46, [shade(v, 0.9) for v in COLORS.values()][rng.integers(7)], 0.13)
+
 
 def _mountains(c, rng):
     "Snowy peaks above dark woods and a meadow."
-    _sky(c, (116, 178, 228), (224, 236, 242)); _clouds(c, rng, 1)
+    _sky(c, (116, 178, 228), (224, 236, 242))
+    _clouds(c, rng, 1)
     for _ in range(3):
-        x, h, w = rng.uniform(0, 1), rng.uniform(.28, .46), rng.uniform(.22, .34); y = .6
-        c.poly([(x-w, y), (x, y-h), (x+w, y)], (122, 132, 152)); c.poly([(x, y-h), (x+w, y), (x+.1*w, y)], (98, 108, 130))
-        c.poly([(x-.3*w, y-.7*h), (x, y-h), (x+.3*w, y-.7*h), (x+.1*w, y-.76*h), (x-.08*w, y-.66*h)], (246, 248, 252))
-    _ground(c, .58, (142, 168, 92)); _ground(c, .74, (128, 156, 82))
-    for x in rng.uniform(0, 1, rng.integers(3, 8)): c.poly([(x-.045, .62), (x, .44+rng.uniform(0, .06)), (x+.045, .62)], (44, 92, 72))
+        x, h, w = rng.uniform(0, 1), rng.uniform(0.28, 0.46), rng.uniform(0.22, 0.34)
+        y = 0.6
+        c.poly([(x - w, y), (x, y - h), (x + w, y)], (122, 132, 152))
+        c.poly([(x, y - h), (x + w, y), (x + 0.1 * w, y)], (98, 108, 130))
+        c.poly(
+            [
+                (x - 0.3 * w, y - 0.7 * h),
+                (x, y - h),
+                (x + 0.3 * w, y - 0.7 * h),
+                (x + 0.1 * w, y - 0.76 * h),
+                (x - 0.08 * w, y - 0.66 * h),
+            ],
+            (246, 248, 252),
+        )
+    _ground(c, 0.58, (142, 168, 92))
+    _ground(c, 0.74, (128, 156, 82))
+    for x in rng.uniform(0, 1, rng.integers(3, 8)):
+        c.poly(
+            [(x - 0.045, 0.62), (x, 0.44 + rng.uniform(0, 0.06)), (x + 0.045, 0.62)], (44, 92, 72)
+        )
+
 
 def _desert(c, rng):
     "Dunes and a cactus."
-    _sky(c, (118, 190, 226), (250, 230, 190)); c.disc(rng.uniform(.1, .9), rng.uniform(.1, .2), .07, (255, 244, 190))
-    _hills(c, rng, .56, .14, (226, 160, 96), 3); _ground(c, .6, (238, 184, 112)); _hills(c, rng, .78, .06, (244, 196, 126), 3); _ground(c, .82, (244, 196, 126))
+    _sky(c, (118, 190, 226), (250, 230, 190))
+    c.disc(rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.2), 0.07, (255, 244, 190))
+    _hills(c, rng, 0.56, 0.14, (226, 160, 96), 3)
+    _ground(c, 0.6, (238, 184, 112))
+    _hills(c, rng, 0.78, 0.06, (244, 196, 126), 3)
+    _ground(c, 0.82, (244, 196, 126))
     for x in rng.uniform(0, 1, rng.integers(0, 3)):
-        y = rng.uniform(.62, .74); c.limb((x, y), (x, y-.22), .028, .028, (74, 140, 86)); c.limb((x, y-.08), (x+.07, y-.1), .018, .018, (74, 140, 86)); c.limb((x+.07, y-.1), (x+.07, y-.17), .018, .018, (74, 140, 86))
+        y = rng.uniform(0.62, 0.74)
+        c.limb((x, y), (x, y - 0.22), 0.028, 0.028, (74, 140, 86))
+        c.limb((x, y - 0.08), (x + 0.07, y - 0.1), 0.018, 0.018, (74, 140, 86))
+        c.limb((x + 0.07, y - 0.1), (x + 0.07, y - 0.17), 0.018, 0.018, (74, 140, 86))
 
 # %% ../nbs/10_people.ipynb #ea998aa6
 def _stage(c, rng):
     "Curtains, boards and a spotlight."
-    col = [(150, 38, 52), (62, 52, 128), (30, 96, 98)][rng.integers(3)]; _ground(c, 0, shade(col, .45)); _ground(c, .74, (150, 104, 66))
+    col = [(150, 38, 52), (62, 52, 128), (30, 96, 98)][rng.integers(3)]
+    _ground(c, 0, shade(col, 0.45))
+    _ground(c, 0.74, (150, 104, 66))
     for i in range(12):
-        x = i/11; 
-        if not .22 < x < .78: c.limb((x, -.1), (x, .74), .05, .05, col if i % 2 else shade(col, .85))
-    c.blob([(-.1, -.1), (1.1, -.1), (1.05, .12), (.75, .17), (.5, .11), (.25, .17), (-.05, .12)], shade(col, 1.1))
-    x = rng.uniform(.4, .6); c.poly([(x-.04, 0), (x+.04, 0), (x+.34, .86), (x-.34, .86)], shade(col, .7)); c.disc(x, .88, .4, (214, 172, 116), .1)
+        x = i / 11
+        if not 0.22 < x < 0.78:
+            c.limb((x, -0.1), (x, 0.74), 0.05, 0.05, col if i % 2 else shade(col, 0.85))
+    c.blob(
+        [
+            (-0.1, -0.1),
+            (1.1, -0.1),
+            (1.05, 0.12),
+            (0.75, 0.17),
+            (0.5, 0.11),
+            (0.25, 0.17),
+            (-0.05, 0.12),
+        ],
+        shade(col, 1.1),
+    )
+    x = rng.uniform(0.4, 0.6)
+    c.poly([(x - 0.04, 0), (x + 0.04, 0), (x + 0.34, 0.86), (x - 0.34, 0.86)], shade(col, 0.7))
+    c.disc(x, 0.88, 0.4, (214, 172, 116), 0.1)
+
 
 def _snow(c, rng):
     "White ground, bare light, firs and flakes."
-    _sky(c, (170, 196, 220), (232, 238, 244)); y = rng.uniform(.54, .62); _hills(c, rng, y, .1, (220, 230, 240), 4)
+    _sky(c, (170, 196, 220), (232, 238, 244))
+    y = rng.uniform(0.54, 0.62)
+    _hills(c, rng, y, 0.1, (220, 230, 240), 4)
     for x in rng.uniform(0, 1, rng.integers(2, 6)):
-        h = rng.uniform(.2, .36)
-        for k in range(3): c.poly([(x-.1+.02*k, y+.06-k*h/4), (x, y-h/3-k*h/4), (x+.1-.02*k, y+.06-k*h/4)], (62, 110, 98) if k < 2 else (236, 242, 246))
-    _ground(c, y+.04, (240, 244, 250)); _hills(c, rng, y+.3, .05, (226, 234, 244), 3); _ground(c, y+.34, (226, 234, 244))
-    for x, v in rng.uniform(0, 1, (14, 2)): c.disc(x, v, .008, (255, 255, 255))
+        h = rng.uniform(0.2, 0.36)
+        for k in range(3):
+            c.poly(
+                [
+                    (x - 0.1 + 0.02 * k, y + 0.06 - k * h / 4),
+                    (x, y - h / 3 - k * h / 4),
+                    (x + 0.1 - 0.02 * k, y + 0.06 - k * h / 4),
+                ],
+                (62, 110, 98) if k < 2 else (236, 242, 246),
+            )
+    _ground(c, y + 0.04, (240, 244, 250))
+    _hills(c, rng, y + 0.3, 0.05, (226, 234, 244), 3)
+    _ground(c, y + 0.34, (226, 234, 244))
+    for x, v in rng.uniform(0, 1, (14, 2)):
+        c.disc(x, v, 0.008, (255, 255, 255))
 
-PLACES = dict(beach="on the beach", park="in the park", street="on the street", room="in a room", mountains="in the mountains",
-              desert="in the desert", stage="on a stage", snow="in the snow")
-_DRAW = dict(beach=_beach, park=_park, street=_street, room=_room, mountains=_mountains, desert=_desert, stage=_stage, snow=_snow)
-LIGHTS = dict(day=(1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0), evening=(1.04, .03, 0, 6, 0, .86, .02, 0, 0, 0, .7, 6),
-              night=(.5, .04, .04, 0, .03, .54, .06, 2, .04, .08, .72, 18), grey=(.72, .16, .06, 0, .1, .76, .06, 0, .1, .18, .68, 4))
+
+PLACES = dict(
+    beach="on the beach",
+    park="in the park",
+    street="on the street",
+    room="in a room",
+    mountains="in the mountains",
+    desert="in the desert",
+    stage="on a stage",
+    snow="in the snow",
+)
+_DRAW = dict(
+    beach=_beach,
+    park=_park,
+    street=_street,
+    room=_room,
+    mountains=_mountains,
+    desert=_desert,
+    stage=_stage,
+    snow=_snow,
+)
+LIGHTS = dict(
+    day=(1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0),
+    evening=(1.04, 0.03, 0, 6, 0, 0.86, 0.02, 0, 0, 0, 0.7, 6),
+    night=(0.5, 0.04, 0.04, 0, 0.03, 0.54, 0.06, 2, 0.04, 0.08, 0.72, 18),
+    grey=(0.72, 0.16, 0.06, 0, 0.1, 0.76, 0.06, 0, 0.1, 0.18, 0.68, 4),
+)
 
 # %% ../nbs/10_people.ipynb #79cd62fa
 def _pick(rng, options, p=None):
-    options = list(options); return options[rng.choice(len(options), p=p)]
+    options = list(options)
+    return options[rng.choice(len(options), p=p)]
 
-def identity(seed, # of the world
-             n,    # number of the person
-            ): # `Look`
+
+def identity(
+    seed,  # of the world
+    n,  # number of the person
+):  # `Look`
     "Person number `n`: what stays the same between pictures."
     rng = np.random.default_rng([seed, 7, n])
-    kind = _pick(rng, KINDS, (.24, .24, .13, .13, .09, .09, .08)); old, male = kind.startswith("old"), kind in ("man", "boy", "oldman")
-    styles = dict(baby=("short", "curly", "bald")).get(kind, ("short", "spiky", "curly", "bald") if male else ("long", "bob", "ponytail", "bun", "curly"))
-    if kind == "boy": styles = styles[:3]
-    color = _pick(rng, ("grey", "white")) if old else _pick(rng, ("black", "brown", "blond", "red"), (.3, .3, .22, .18))
-    return Look(kind, _pick(rng, SKINS), _pick(rng, EYES), _pick(rng, styles), color,
-                beard=bool(kind in ("man", "oldman") and rng.random() < .4), glasses=bool(kind != "baby" and rng.random() < (.5 if old else .15)),
-                freckles=bool(not old and kind != "baby" and rng.random() < .2), **{k: float(rng.uniform(-1, 1)) for k in ("jaw", "eye_gap", "eye_size", "brow", "nose", "lips")})
+    kind = _pick(rng, KINDS, (0.24, 0.24, 0.13, 0.13, 0.09, 0.09, 0.08))
+    old, male = kind.startswith("old"), kind in ("man", "boy", "oldman")
+    styles = dict(baby=("short", "curly", "bald")).get(
+        kind,
+        ("short", "spiky", "curly", "bald")
+        if male
+        else ("long", "bob", "ponytail", "bun", "curly"),
+    )
+    if kind == "boy":
+        styles = styles[:3]
+    color = (
+        _pick(rng, ("grey", "white"))
+        if old
+        else _pick(rng, ("black", "brown", "blond", "red"), (0.3, 0.3, 0.22, 0.18))
+    )
+    return Look(
+        kind,
+        _pick(rng, SKINS),
+        _pick(rng, EYES),
+        _pick(rng, styles),
+        color,
+        beard=bool(kind in ("man", "oldman") and rng.random() < 0.4),
+        glasses=bool(kind != "baby" and rng.random() < (0.5 if old else 0.15)),
+        freckles=bool(not old and kind != "baby" and rng.random() < 0.2),
+        **{
+            k: float(rng.uniform(-1, 1))
+            for k in ("jaw", "eye_gap", "eye_size", "brow", "nose", "lips")
+        },
+    )
 
 # %% ../nbs/10_people.ipynb #2853de66
-FRAMINGS = dict(full=.42, half=.26, close=.18, small=.14)  # and how often each is drawn
+FRAMINGS = dict(full=0.42, half=0.26, close=0.18, small=0.14)  # and how often each is drawn
+
 
 @dataclass(frozen=True)
 class Scene:
     "Everything a picture shows; `sample_scene` draws one, `render` paints it."
+
     seed: int
     id: int
     place: str
     light: str
     framing: str
-    people: tuple    # of `Person`, back to front
-    identities: tuple # of the people, in the same order
+    people: tuple  # of `Person`, back to front
+    identities: tuple  # of the people, in the same order
+
 
 def _place(p, framing, n, i, rng):
     "Give a `Person` size and position: number `i` of `n` in the picture."
-    tall = KINDS[p.look.kind][0]; young = dict(boy=.9, girl=.9, baby=.82).get(p.look.kind, 1.)
-    x = (i + .5)/n + rng.uniform(-.05, .05) if n > 1 else .5 + rng.uniform(-.08, .08)
+    tall = KINDS[p.look.kind][0]
+    young = dict(boy=0.9, girl=0.9, baby=0.82).get(p.look.kind, 1.0)
+    x = (i + 0.5) / n + rng.uniform(-0.05, 0.05) if n > 1 else 0.5 + rng.uniform(-0.08, 0.08)
     if framing in ("full", "small"):
-        head = rng.uniform(.15, .2)*young if framing == "small" else min(.36, (.9 if n == 1 else .82)/(tall+.25))*rng.uniform(.9, 1)*(young if n > 1 else 1)
-        if framing == "small" and n == 1: x = rng.uniform(.2, .8)
-        return replace(p, head=float(head), x=float(x), ground=float(rng.uniform(.8, .94) if framing == "small" else rng.uniform(.93, .98)))
-    head = (rng.uniform(.36, .44) if n == 1 else rng.uniform(.3, .35))*young if framing == "half" else (rng.uniform(.56, .7) if n == 1 else .42)
-    p = replace(p, head=float(head), x=float(x)); want = .5+rng.uniform(-.03, .05) if framing == "close" else .36+rng.uniform(-.03, .03)
+        head = (
+            rng.uniform(0.15, 0.2) * young
+            if framing == "small"
+            else min(0.36, (0.9 if n == 1 else 0.82) / (tall + 0.25))
+            * rng.uniform(0.9, 1)
+            * (young if n > 1 else 1)
+        )
+        if framing == "small" and n == 1:
+            x = rng.uniform(0.2, 0.8)
+        return replace(
+            p,
+            head=float(head),
+            x=float(x),
+            ground=float(rng.uniform(0.8, 0.94) if framing == "small" else rng.uniform(0.93, 0.98)),
+        )
+    head = (
+        (rng.uniform(0.36, 0.44) if n == 1 else rng.uniform(0.3, 0.35)) * young
+        if framing == "half"
+        else (rng.uniform(0.56, 0.7) if n == 1 else 0.42)
+    )
+    p = replace(p, head=float(head), x=float(x))
+    want = 0.5 + rng.uniform(-0.03, 0.05) if framing == "close" else 0.36 + rng.uniform(-0.03, 0.03)
     return replace(p, ground=float(p.ground + want - skeleton(p)["head"][1]))
 
 # %% ../nbs/10_people.ipynb #970b392c
 def _person(rng, look, framing):
     "Mood, action and clothes for somebody."
     near = framing in ("half", "close")
-    actions = ("standing", "waving", "cheering", "posing", "dancing", "holding") if near else ("standing", "waving", "walking", "running", "jumping", "dancing", "sitting", "cheering", "posing", "kicking", "holding")
+    actions = (
+        ("standing", "waving", "cheering", "posing", "dancing", "holding")
+        if near
+        else (
+            "standing",
+            "waving",
+            "walking",
+            "running",
+            "jumping",
+            "dancing",
+            "sitting",
+            "cheering",
+            "posing",
+            "kicking",
+            "holding",
+        )
+    )
     action = "standing" if framing == "close" else _pick(rng, actions)
-    female = look.kind in ("woman", "girl", "oldwoman"); colors = list(COLORS)
-    top = _pick(rng, TOPS, (.3, .2, .2, .3)) if female else _pick(rng, TOPS[:3], (.45, .3, .25))
+    female = look.kind in ("woman", "girl", "oldwoman")
+    colors = list(COLORS)
+    top = (
+        _pick(rng, TOPS, (0.3, 0.2, 0.2, 0.3))
+        if female
+        else _pick(rng, TOPS[:3], (0.45, 0.3, 0.25))
+    )
     tc, bc, hc, pc = (_pick(rng, colors) for _ in range(4))
-    while bc == tc: bc = _pick(rng, colors)
-    return Person(look, _pick(rng, MOODS, (.3, .18, .16, .12, .12, .12)), action, top, tc, _pick(rng, BOTTOMS, (.5, .1, .4) if female else (.65, .35, 0)), bc,
-                  hat=_pick(rng, HATS) if rng.random() < .15 else "", hat_color=hc, prop="ball" if action == "kicking" else _pick(rng, PROPS) if action == "holding" else "", prop_color=pc,
-                  yaw=float(rng.uniform(-1, 1)*(.5 if framing == "close" else 1)), tilt=float(rng.normal(0, .08)), mirror=bool(rng.random() < .5), jitter=tuple(float(v) for v in rng.normal(0, 5, 9)*([.5]+[1]*8)))
+    while bc == tc:
+        bc = _pick(rng, colors)
+    return Person(
+        look,
+        _pick(rng, MOODS, (0.3, 0.18, 0.16, 0.12, 0.12, 0.12)),
+        action,
+        top,
+        tc,
+        _pick(rng, BOTTOMS, (0.5, 0.1, 0.4) if female else (0.65, 0.35, 0)),
+        bc,
+        hat=_pick(rng, HATS) if rng.random() < 0.15 else "",
+        hat_color=hc,
+        prop="ball" if action == "kicking" else _pick(rng, PROPS) if action == "holding" else "",
+        prop_color=pc,
+        yaw=float(rng.uniform(-1, 1) * (0.5 if framing == "close" else 1)),
+        tilt=float(rng.normal(0, 0.08)),
+        mirror=bool(rng.random() < 0.5),
+        jitter=tuple(float(v) for v in rng.normal(0, 5, 9) * ([0.5] + [1] * 8)),
+    )
 
-def sample_scene(seed,                # of the world
-                 id,                  # of the picture
-                 identities=range(1000), # the people who live in this world, as numbers for `identity`
-                ): # `Scene`
+
+def sample_scene(
+    seed,  # of the world
+    id,  # of the picture
+    identities=range(1000),  # the people who live in this world, as numbers for `identity`
+):  # `Scene`
     "The scene number `id`, always the same."
     rng = np.random.default_rng([seed, 1, id])
-    framing, n = _pick(rng, FRAMINGS, list(FRAMINGS.values())), int(rng.choice((1, 2, 3), p=(.64, .26, .1)))
-    if framing == "close": n = min(n, 2)
-    place = _pick(rng, PLACES); light = "day" if place in ("room", "stage") else _pick(rng, LIGHTS, (.55, .17, .14, .14))
+    framing, n = (
+        _pick(rng, FRAMINGS, list(FRAMINGS.values())),
+        int(rng.choice((1, 2, 3), p=(0.64, 0.26, 0.1))),
+    )
+    if framing == "close":
+        n = min(n, 2)
+    place = _pick(rng, PLACES)
+    light = "day" if place in ("room", "stage") else _pick(rng, LIGHTS, (0.55, 0.17, 0.14, 0.14))
     ids = [int(identities[k]) for k in rng.choice(len(identities), n, replace=False)]
-    people = [(_place(_person(rng, identity(seed, k), framing), framing, n, i, rng), k) for i, k in enumerate(ids)]
+    people = [
+        (_place(_person(rng, identity(seed, k), framing), framing, n, i, rng), k)
+        for i, k in enumerate(ids)
+    ]
     people.sort(key=lambda pk: pk[0].ground)
-    return Scene(seed, id, place, light, framing, tuple(p for p, _ in people), tuple(k for _, k in people))
+    return Scene(
+        seed, id, place, light, framing, tuple(p for p, _ in people), tuple(k for _, k in people)
+    )
 
 # %% ../nbs/10_people.ipynb #7d9a4be6
 @dataclass
 class Drawing:
     "A painted `Scene`."
+
     scene: Scene
-    image: Image.Image # (size, size) RGB
-    labels: np.ndarray # (size*ss, size*ss) uint8: `8*person + part`, before averaging down
-    joints: list       # per person, {joint: (x, y)} in fractions of the side
+    image: Image.Image  # (size, size) RGB
+    labels: np.ndarray  # (size*ss, size*ss) uint8: `8*person + part`, before averaging down
+    joints: list  # per person, {joint: (x, y)} in fractions of the side
     size: int
 
     def masks(self):
         "(K, size, size) bool: a pixel is a person's if at least half of it is."
-        s = self.labels.shape[0]//self.size; who = (self.labels//8).reshape(self.size, s, self.size, s)
-        return np.array([(who == k+1).mean((1, 3)) >= .5 for k in range(len(self.scene.people))], bool).reshape(-1, self.size, self.size)
+        s = self.labels.shape[0] // self.size
+        who = (self.labels // 8).reshape(self.size, s, self.size, s)
+        return np.array(
+            [(who == k + 1).mean((1, 3)) >= 0.5 for k in range(len(self.scene.people))], bool
+        ).reshape(-1, self.size, self.size)
 
-    def label_at(self, x, # fractions of the side
-                 y):
+    def label_at(
+        self,
+        x,  # fractions of the side
+        y,
+    ):
         "The label at a position in fractions of the side, or None outside the picture."
-        S = self.labels.shape[0]; return int(self.labels[int(y*S), int(x*S)]) if 0 <= x < 1 and 0 <= y < 1 else None
+        S = self.labels.shape[0]
+        return int(self.labels[int(y * S), int(x * S)]) if 0 <= x < 1 and 0 <= y < 1 else None
 
-def render(scene,   # `Scene`
-           size=64, # side, pixels
-          ): # `Drawing`
+
+def render(
+    scene,  # `Scene`
+    size=64,  # side, pixels
+):  # `Drawing`
     "Paint a scene: place, then people from far to near, then the light."
-    c = Canvas(size, 4 if size <= 256 else 2); _DRAW[scene.place](c, np.random.default_rng([scene.seed, 3, scene.id]))
+    c = Canvas(size, 4 if size <= 256 else 2)
+    _DRAW[scene.place](c, np.random.default_rng([scene.seed, 3, scene.id]))
     joints = []
     for k, p in enumerate(scene.people, 1):
         c.person(0)
-        if scene.framing in ("full", "small"): c.disc(p.x, p.ground+.02*p.head, .42*p.head, shade(c.image.getpixel((int(min(max(p.x, 0), .99)*c.S), int(min(p.ground, .99)*c.S))), .8), .07*p.head)
+        if scene.framing in ("full", "small"):
+            c.disc(
+                p.x,
+                p.ground + 0.02 * p.head,
+                0.42 * p.head,
+                shade(
+                    c.image.getpixel(
+                        (int(min(max(p.x, 0), 0.99) * c.S), int(min(p.ground, 0.99) * c.S))
+                    ),
+                    0.8,
+                ),
+                0.07 * p.head,
+            )
         if p.action == "sitting":
-            y = skeleton(p)["hips"][1]; c.poly([(p.x-.42*p.head, y+.06*p.head), (p.x+.42*p.head, y+.06*p.head), (p.x+.36*p.head, p.ground), (p.x-.36*p.head, p.ground)], (148, 104, 66))
+            y = skeleton(p)["hips"][1]
+            c.poly(
+                [
+                    (p.x - 0.42 * p.head, y + 0.06 * p.head),
+                    (p.x + 0.42 * p.head, y + 0.06 * p.head),
+                    (p.x + 0.36 * p.head, p.ground),
+                    (p.x - 0.36 * p.head, p.ground),
+                ],
+                (148, 104, 66),
+            )
         joints.append(draw_person(c, p, k))
     im = c.image.reduce(c.ss)
-    return Drawing(scene, im if scene.light == "day" else im.convert("RGB", LIGHTS[scene.light]), np.asarray(c.labels), joints, size)
+    return Drawing(
+        scene,
+        im if scene.light == "day" else im.convert("RGB", LIGHTS[scene.light]),
+        np.asarray(c.labels),
+        joints,
+        size,
+    )
 
 # %% ../nbs/10_people.ipynb #159eeeff
-KIND_WORDS = dict(man="man", woman="woman", boy="boy", girl="girl", oldman="old man", oldwoman="old woman", baby="baby")
-_LOOKS = dict(smiling="a smile", laughing="a big laugh", calm="a calm look", sad="a sad look", angry="an angry look", surprised="a surprised look")
+KIND_WORDS = dict(
+    man="man",
+    woman="woman",
+    boy="boy",
+    girl="girl",
+    oldman="old man",
+    oldwoman="old woman",
+    baby="baby",
+)
+_LOOKS = dict(
+    smiling="a smile",
+    laughing="a big laugh",
+    calm="a calm look",
+    sad="a sad look",
+    angry="an angry look",
+    surprised="a surprised look",
+)
 _ACTIONS = dict(posing="standing with hands on hips", kicking="kicking a ball")
 _LIGHT = dict(day="", evening=" in the evening", night=" at night", grey=" on a grey day")
 
-def _a(words): return ("an " if words[0] in "aeiou" else "a ") + words
-def _hair_words(k): return "no hair" if k.hair == "bald" else f"{k.hair_color} hair in a {k.hair}" if k.hair in ("bun", "ponytail", "bob") else f"{k.hair} {k.hair_color} hair"
-def _his(k): return "her" if k.kind in ("woman", "girl", "oldwoman") else "his"
-def _doing(p): return f"holding {'flowers' if p.prop == 'flowers' else _a(p.prop)}" if p.action == "holding" else _ACTIONS.get(p.action, p.action)
-def _wears(p, near): return _a(f"{p.top_color} {p.top}") + ("" if near or p.top == "dress" else f" and {'a ' if p.bottom == 'skirt' else ''}{p.bottom_color} {p.bottom}") + (f" and {_a(p.hat_color+' '+p.hat)}" if p.hat else "")
+
+def _a(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _hair_words(k):
+    return (
+        "no hair"
+        if k.hair == "bald"
+        else f"{k.hair_color} hair in a {k.hair}"
+        if k.hair in ("bun", "ponytail", "bob")
+        else f"{k.hair} {k.hair_color} hair"
+    )
+
+
+def _his(k):
+    return "her" if k.kind in ("woman", "girl", "oldwoman") else "his"
+
+
+def _doing(p):
+    return (
+        f"holding {'flowers' if p.prop == 'flowers' else _a(p.prop)}"
+        if p.action == "holding"
+        else _ACTIONS.get(p.action, p.action)
+    )
+
+
+def _wears(p, near):
+    return (
+        _a(f"{p.top_color} {p.top}")
+        + (
+            ""
+            if near or p.top == "dress"
+            else f" and {'a ' if p.bottom == 'skirt' else ''}{p.bottom_color} {p.bottom}"
+        )
+        + (f" and {_a(p.hat_color + ' ' + p.hat)}" if p.hat else "")
+    )
 
 # %% ../nbs/10_people.ipynb #0d41680e
-def captions(scene, # `Scene`
-            ): # five sentences
+def captions(
+    scene,  # `Scene`
+):  # five sentences
     "Five captions, from the fullest to the barest."
     near, where, when = scene.framing in ("half", "close"), PLACES[scene.place], _LIGHT[scene.light]
-    doing = lambda p: "facing the camera" if scene.framing == "close" else _doing(p)
-    who = [_a(KIND_WORDS[p.look.kind]) for p in scene.people]; order = sorted(range(len(who)), key=lambda i: scene.people[i].x)
-    def join(f): return " and ".join(f(scene.people[i]) for i in order)
-    full = join(lambda p: f"{_a(p.mood+' '+KIND_WORDS[p.look.kind])} with {_hair_words(p.look)}" + (f" and {p.look.eyes} eyes" if len(who) == 1 and scene.framing != "small" and p.mood != "laughing" else "") + f" in {_wears(p, near)}" + (f" {doing(p)}" if len(who) < 3 else ""))
-    out = [f"{full} {where}{when}", join(lambda p: f"{_a(KIND_WORDS[p.look.kind])} with {_hair_words(p.look)} {doing(p)}") + f" {where}",
-           join(lambda p: f"{_a(p.mood+' '+KIND_WORDS[p.look.kind])} in {_wears(p, True)}") + f" {where}{when}"]
+
+    def doing(p):
+        return "facing the camera" if scene.framing == "close" else _doing(p)
+
+    who = [_a(KIND_WORDS[p.look.kind]) for p in scene.people]
+    order = sorted(range(len(who)), key=lambda i: scene.people[i].x)
+
+    def join(f):
+        return " and ".join(f(scene.people[i]) for i in order)
+
+    full = join(
+        lambda p: (
+            f"{_a(p.mood + ' ' + KIND_WORDS[p.look.kind])} with {_hair_words(p.look)}"
+            + (
+                f" and {p.look.eyes} eyes"
+                if len(who) == 1 and scene.framing != "small" and p.mood != "laughing"
+                else ""
+            )
+            + f" in {_wears(p, near)}"
+            + (f" {doing(p)}" if len(who) < 3 else "")
+        )
+    )
+    out = [
+        f"{full} {where}{when}",
+        join(lambda p: f"{_a(KIND_WORDS[p.look.kind])} with {_hair_words(p.look)} {doing(p)}")
+        + f" {where}",
+        join(lambda p: f"{_a(p.mood + ' ' + KIND_WORDS[p.look.kind])} in {_wears(p, True)}")
+        + f" {where}{when}",
+    ]
     p = scene.people[order[0]]
-    out.append(f"{who[order[0]]} facing the camera with {_LOOKS[p.mood]} on {_his(p.look)} face" if len(who) == 1 and near
-               else f"{dict([(1, 'one person'), (2, 'two people'), (3, 'three people')])[len(who)]} {where}{when}")
+    out.append(
+        f"{who[order[0]]} facing the camera with {_LOOKS[p.mood]} on {_his(p.look)} face"
+        if len(who) == 1 and near
+        else f"{ {1: 'one person', 2: 'two people', 3: 'three people'}[len(who)] } {where}{when}"
+    )
     out.append(join(lambda p: f"{_a(KIND_WORDS[p.look.kind])} {doing(p)}") + f" {where}")
     return [s[0].upper() + s[1:] + "." for s in out]
 
@@ -263,83 +633,188 @@ def _keypoints(d, k):
     "COCO's flat list of (x, y, v), and how many are labelled."
     out, J = [], d.joints[k]
     for name in JOINTS:
-        x, y = J[name]; lab = d.label_at(x, y)
+        x, y = J[name]
+        lab = d.label_at(x, y)
         face = name in ("nose", "left_eye", "right_eye")
-        v = 0 if lab is None else 2 if lab//8 == k+1 and (PARTS[lab % 8] == "face" if face or "ear" in name else True) else 1
-        out += [round(x*d.size, 2), round(y*d.size, 2), v] if v else [0, 0, 0]
+        v = (
+            0
+            if lab is None
+            else 2
+            if lab // 8 == k + 1 and (PARTS[lab % 8] == "face" if face or "ear" in name else True)
+            else 1
+        )
+        out += [round(x * d.size, 2), round(y * d.size, 2), v] if v else [0, 0, 0]
     return out, sum(v > 0 for v in out[2::3])
 
-def face_box(d,   # `Drawing`
-             k,   # which person, from 0
-            ): # ([x, y, w, h] in pixels, clipped to the picture; whether the face is in sight)
+
+def face_box(
+    d,  # `Drawing`
+    k,  # which person, from 0
+):  # ([x, y, w, h] in pixels, clipped to the picture; whether the face is in sight)
     "The face from hairline to chin, cheek to cheek."
-    p = d.scene.people[k]; F = face_frame(p, d.joints[k]["head"])
-    pts = np.array([F(u+.03*p.yaw, v) for u, v in ((-.43, 0), (.43, 0), (0, -.33), (0, .5), (-.3, .4), (.3, .4))]); pts = np.clip(pts, 0, 1)*d.size
-    (x0, y0), (x1, y1) = pts.min(0), pts.max(0); g = .2 + .025*p.look.eye_gap
-    marks = [d.label_at(*F(u+.11*p.yaw, v)) for u, v in ((-g, 0), (g, 0), (0, .12), (-.12, .3), (.12, .3))]
-    seen = sum(m is not None and m//8 == k+1 and PARTS[m % 8] == "face" for m in marks)
-    return [round(float(v), 2) for v in (x0, y0, x1-x0, y1-y0)], bool(seen >= 4 and x1 > x0 and y1 > y0)
+    p = d.scene.people[k]
+    F = face_frame(p, d.joints[k]["head"])
+    pts = np.array(
+        [
+            F(u + 0.03 * p.yaw, v)
+            for u, v in ((-0.43, 0), (0.43, 0), (0, -0.33), (0, 0.5), (-0.3, 0.4), (0.3, 0.4))
+        ]
+    )
+    pts = np.clip(pts, 0, 1) * d.size
+    (x0, y0), (x1, y1) = pts.min(0), pts.max(0)
+    g = 0.2 + 0.025 * p.look.eye_gap
+    marks = [
+        d.label_at(*F(u + 0.11 * p.yaw, v))
+        for u, v in ((-g, 0), (g, 0), (0, 0.12), (-0.12, 0.3), (0.12, 0.3))
+    ]
+    seen = sum(m is not None and m // 8 == k + 1 and PARTS[m % 8] == "face" for m in marks)
+    return [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)], bool(
+        seen >= 4 and x1 > x0 and y1 > y0
+    )
 
 # %% ../nbs/10_people.ipynb #9e8f8b9a
-def annotate(d,        # `Drawing`
-             image_id, # COCO image id; annotation ids are `10*image_id + k`
-            ): # list of COCO annotations, one a visible person
+def annotate(
+    d,  # `Drawing`
+    image_id,  # COCO image id; annotation ids are `10*image_id + k`
+):  # list of COCO annotations, one a visible person
     "COCO records for every person in a drawing."
     out = []
     for k, m in enumerate(d.masks()):
-        if not m.any(): continue
-        r = rle.encode(np.asfortranarray(m.astype(np.uint8))); kp, n = _keypoints(d, k); box, ok = face_box(d, k); p = d.scene.people[k]
-        who = {**asdict(p.look), **{f: getattr(p, f) for f in ("mood", "action", "top", "top_color", "bottom", "bottom_color", "hat", "prop")}, "identity": d.scene.identities[k]}
-        out.append(dict(id=10*image_id+k, image_id=image_id, category_id=1, iscrowd=0, area=float(m.sum()), bbox=[float(v) for v in rle.toBbox(r)],
-                        segmentation=dict(size=r["size"], counts=r["counts"].decode()), keypoints=kp, num_keypoints=n, face_box=box, face_valid=ok, attributes=who))
+        if not m.any():
+            continue
+        r = rle.encode(np.asfortranarray(m.astype(np.uint8)))
+        kp, n = _keypoints(d, k)
+        box, ok = face_box(d, k)
+        p = d.scene.people[k]
+        who = {
+            **asdict(p.look),
+            **{
+                f: getattr(p, f)
+                for f in (
+                    "mood",
+                    "action",
+                    "top",
+                    "top_color",
+                    "bottom",
+                    "bottom_color",
+                    "hat",
+                    "prop",
+                )
+            },
+            "identity": d.scene.identities[k],
+        }
+        out.append(
+            dict(
+                id=10 * image_id + k,
+                image_id=image_id,
+                category_id=1,
+                iscrowd=0,
+                area=float(m.sum()),
+                bbox=[float(v) for v in rle.toBbox(r)],
+                segmentation=dict(size=r["size"], counts=r["counts"].decode()),
+                keypoints=kp,
+                num_keypoints=n,
+                face_box=box,
+                face_valid=ok,
+                attributes=who,
+            )
+        )
     return out
 
 # %% ../nbs/10_people.ipynb #e5c8e46d
-_LICENSE = dict(id=1, name="CC0 1.0, drawn by masked_ldm", url="https://creativecommons.org/publicdomain/zero/1.0/")
+_LICENSE = dict(
+    id=1,
+    name="CC0 1.0, drawn by masked_ldm",
+    url="https://creativecommons.org/publicdomain/zero/1.0/",
+)
 _CATEGORY = dict(id=1, name="person", supercategory="person", keypoints=list(JOINTS))
 
-def _one(folder, seed, size, identities, id):
-    d = render(sample_scene(seed, id, identities), size); name = f"{id:012d}.png"; d.image.save(folder/name, compress_level=1)
-    return dict(id=id, file_name=name, width=size, height=size, license=1, place=d.scene.place, light=d.scene.light, framing=d.scene.framing), annotate(d, id), captions(d.scene)
 
-def write_split(root,       # folder of the data set
-                split,      # "train" or "val"; files go to `{split}2017`
-                ids,        # picture ids
-                size=64,    # side, pixels
-                seed=0,     # of the world
-                identities=range(1000), # who lives there
-                workers=0,  # processes; 0 draws in this one
-               ):
+def _one(folder, seed, size, identities, id):
+    d = render(sample_scene(seed, id, identities), size)
+    name = f"{id:012d}.png"
+    d.image.save(folder / name, compress_level=1)
+    return (
+        dict(
+            id=id,
+            file_name=name,
+            width=size,
+            height=size,
+            license=1,
+            place=d.scene.place,
+            light=d.scene.light,
+            framing=d.scene.framing,
+        ),
+        annotate(d, id),
+        captions(d.scene),
+    )
+
+
+def write_split(
+    root,  # folder of the data set
+    split,  # "train" or "val"; files go to `{split}2017`
+    ids,  # picture ids
+    size=64,  # side, pixels
+    seed=0,  # of the world
+    identities=range(1000),  # who lives there
+    workers=0,  # processes; 0 draws in this one
+):
     "Draw one split in COCO's layout."
-    root, folder = Path(root), Path(root)/f"{split}2017"; folder.mkdir(parents=True, exist_ok=True); (root/"annotations").mkdir(exist_ok=True)
+    root, folder = Path(root), Path(root) / f"{split}2017"
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
     one = partial(_one, folder, seed, size, identities)
     if workers:
-        with ProcessPoolExecutor(workers) as ex: made = list(ex.map(one, ids, chunksize=64))
-    else: made = [one(i) for i in ids]
+        with ProcessPoolExecutor(workers) as ex:
+            made = list(ex.map(one, ids, chunksize=64))
+    else:
+        made = [one(i) for i in ids]
     images, anns = [m[0] for m in made], [a for m in made for a in m[1]]
-    texts = [dict(id=10*im["id"]+k, image_id=im["id"], caption=s) for im, _, five in made for k, s in enumerate(five)]
-    head = dict(info=dict(description="masked_ldm's built-in world", seed=seed, size=size), licenses=[_LICENSE], images=images)
+    texts = [
+        dict(id=10 * im["id"] + k, image_id=im["id"], caption=s)
+        for im, _, five in made
+        for k, s in enumerate(five)
+    ]
+    head = dict(
+        info=dict(description="masked_ldm's built-in world", seed=seed, size=size),
+        licenses=[_LICENSE],
+        images=images,
+    )
     lean = [{k: v for k, v in a.items() if k not in ("keypoints", "num_keypoints")} for a in anns]
-    for name, body in dict(instances=dict(annotations=lean, categories=[_CATEGORY]), person_keypoints=dict(annotations=anns, categories=[_CATEGORY]), captions=dict(annotations=texts)).items():
-        (root/"annotations"/f"{name}_{split}2017.json").write_text(json.dumps({**head, **body}))
+    for name, body in dict(
+        instances=dict(annotations=lean, categories=[_CATEGORY]),
+        person_keypoints=dict(annotations=anns, categories=[_CATEGORY]),
+        captions=dict(annotations=texts),
+    ).items():
+        (root / "annotations" / f"{name}_{split}2017.json").write_text(json.dumps({**head, **body}))
 
 # %% ../nbs/10_people.ipynb #3f13ec9f
 WORLD_VERSION = 1  # raised whenever a scene or its drawing changes, so that old pictures are not taken for new ones
-VAL_ID, VAL_PEOPLE = 1_000_000, range(1000, 1200)  # held-out pictures start here, and show people never seen in training
+VAL_ID, VAL_PEOPLE = (
+    1_000_000,
+    range(1000, 1200),
+)  # held-out pictures start here, and show people never seen in training
 
-def write_world(root,         # folder of the data set, made if need be
-                n_train=2000, # training pictures, ids from 1
-                n_val=200,    # held-out pictures of held-out people, ids from `VAL_ID`
-                size=64,      # side, pixels
-                seed=0,       # of the world
-                workers=0,    # processes; 0 draws in this one
-               ): # `root`
+
+def write_world(
+    root,  # folder of the data set, made if need be
+    n_train=2000,  # training pictures, ids from 1
+    n_val=200,  # held-out pictures of held-out people, ids from `VAL_ID`
+    size=64,  # side, pixels
+    seed=0,  # of the world
+    workers=0,  # processes; 0 draws in this one
+):  # `root`
     "Draw the built-in world as a COCO 2017 root; does nothing if that world is already there."
-    root, want = Path(root), dict(version=WORLD_VERSION, n_train=n_train, n_val=n_val, size=size, seed=seed); done = root/"world.json"
+    root, want = (
+        Path(root),
+        dict(version=WORLD_VERSION, n_train=n_train, n_val=n_val, size=size, seed=seed),
+    )
+    done = root / "world.json"
     if done.is_file():
-        if (have := json.loads(done.read_text())) != want: raise ValueError(f"{root} holds another world, {have}, not {want}: name another folder")
+        if (have := json.loads(done.read_text())) != want:
+            raise ValueError(f"{root} holds another world, {have}, not {want}: name another folder")
         return root
-    write_split(root, "train", range(1, n_train+1), size, seed, workers=workers)
-    write_split(root, "val", range(VAL_ID, VAL_ID+n_val), size, seed, VAL_PEOPLE, workers)
+    write_split(root, "train", range(1, n_train + 1), size, seed, workers=workers)
+    write_split(root, "val", range(VAL_ID, VAL_ID + n_val), size, seed, VAL_PEOPLE, workers)
     done.write_text(json.dumps(want))
     return root

@@ -7,12 +7,15 @@ __all__ = ['BETTER', 'EXPECT', 'Seen', 'WorldReader', 'PhotoReader', 'people_in_
            'diversity', 'clip_score', 'cut', 'damage', 'all_measures']
 
 # %% ../nbs/06b_people_metrics.ipynb #13e14766
-from dataclasses import dataclass
 import re
-import numpy as np, torch
+from dataclasses import dataclass
+
+import numpy as np
+import torch
 from fastcore.basics import patch
 from PIL import Image
 from scipy import ndimage
+
 from .critics import hits, limbs, peaks, tell
 from .distances import as_uint8, clean_resize
 from .face_loss import crop_faces, detect_faces
@@ -21,209 +24,465 @@ from .face_loss import crop_faces, detect_faces
 @dataclass
 class Seen:
     "What a reader saw in N pictures; boxes and joints in pixels."
-    faces: list        # N arrays (n,4): x0, y0, x1, y1
+
+    faces: list  # N arrays (n,4): x0, y0, x1, y1
     face_scores: list  # N arrays (n,), in [0,1]
-    people: list       # N arrays (n,4), largest first
-    joints: list       # N arrays (n,17,3): x, y, confidence in [0,1]; a row a person
+    people: list  # N arrays (n,4), largest first
+    joints: list  # N arrays (n,17,3): x, y, confidence in [0,1]; a row a person
     count: np.ndarray  # (N,) people
     told: dict = None  # what `tell` says, for `hits`; None where the reader knows no words
 
-def _boxes(on,     # (h,w) bool
-           least,  # cells
-           scale): # pixels a cell
+
+def _boxes(
+    on,  # (h,w) bool
+    least,  # cells
+    scale,
+):  # pixels a cell
     "[(box in pixels, mask)] of connected parts, largest first."
-    label, n = ndimage.label(on); parts = [(label == k) for k in range(1, n+1)]
+    label, n = ndimage.label(on)
+    parts = [(label == k) for k in range(1, n + 1)]
     parts = sorted((p for p in parts if p.sum() >= least), key=lambda p: -p.sum())
-    return [(np.array([xs.min(), ys.min(), xs.max()+1, ys.max()+1], np.float32)*scale, p) for p in parts for ys, xs in [np.nonzero(p)]]
+    return [
+        (np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float32) * scale, p)
+        for p in parts
+        for ys, xs in [np.nonzero(p)]
+    ]
 
 # %% ../nbs/06b_people_metrics.ipynb #c7a2707a
 class WorldReader:
     "Reads pictures of the built-in world with its judge."
+
     name, limb_pairs, face_least = "critic", None, 4
-    by = dict(people="the built-in world's judge", joints="the built-in world's judge", faces="the built-in world's judge")
-    def __init__(self, critic): # `Critic`, one that nothing was trained with
+    by = dict(
+        people="the built-in world's judge",
+        joints="the built-in world's judge",
+        faces="the built-in world's judge",
+    )
+
+    def __init__(self, critic):  # `Critic`, one that nothing was trained with
         self.critic = critic
 
     @torch.no_grad()
-    def __call__(self, pictures): # what `as_uint8` takes, of 64 pixels
+    def __call__(self, pictures):  # what `as_uint8` takes, of 64 pixels
         "`Seen`."
         kept, critic = [], self.critic
-        class Once:   # `tell` keeps no face map
-            def read(_, x): r = critic.read(x); kept.append(r["face"].sigmoid()[:, 0]); return r
-        told = tell(Once(), as_uint8(pictures).float()/127.5 - 1); face = torch.cat(kept).numpy()
-        faces, bodies = [_boxes(f > .5, self.face_least, 2) for f in face], [_boxes(p, 16, 2) for p in told["mask"]]
-        return Seen([np.array([b for b, _ in v]).reshape(-1, 4) for v in faces], [np.array([f[p].mean() for _, p in v]) for f, v in zip(face, faces)], [np.array([b for b, _ in v]).reshape(-1, 4) for v in bodies],
-                    [np.array([peaks(h, p) for _, p in v]).reshape(-1, 17, 3) for h, v in zip(told["heat"], bodies)], np.asarray(told["says"]["people"]), told)
+
+        class Once:  # `tell` keeps no face map
+            def read(_, x):
+                r = critic.read(x)
+                kept.append(r["face"].sigmoid()[:, 0])
+                return r
+
+        told = tell(Once(), as_uint8(pictures).float() / 127.5 - 1)
+        face = torch.cat(kept).numpy()
+        faces, bodies = (
+            [_boxes(f > 0.5, self.face_least, 2) for f in face],
+            [_boxes(p, 16, 2) for p in told["mask"]],
+        )
+        return Seen(
+            [np.array([b for b, _ in v]).reshape(-1, 4) for v in faces],
+            [np.array([f[p].mean() for _, p in v]) for f, v in zip(face, faces)],
+            [np.array([b for b, _ in v]).reshape(-1, 4) for v in bodies],
+            [
+                np.array([peaks(h, p) for _, p in v]).reshape(-1, 17, 3)
+                for h, v in zip(told["heat"], bodies)
+            ],
+            np.asarray(told["says"]["people"]),
+            told,
+        )
 
 # %% ../nbs/06b_people_metrics.ipynb #4058d00e
 class PhotoReader:
     "Reads photographs: faces by MTCNN, people and joints by ViTPose or Keypoint R-CNN."
+
     name, face_least = "mtcnn", 20
-    limb_pairs = (.146/.186, .246/.245)  # forearm to upper arm, shin to thigh: Drillis & Contini (1966)
-    def __init__(self, pose="usyd-community/vitpose-base-simple",     # Hub id or folder of a ViTPose; "keypointrcnn": torchvision's
-                 detector="PekingU/rtdetr_r50vd_coco_o365",           # Hub id or folder of an object detector that knows "person"
-                 least=.5,      # score a person needs
-                 device="cpu"): # where the networks run
-        self.least, self.device = least, device; self.by = dict(faces="MTCNN (facenet-pytorch)")
+    limb_pairs = (
+        0.146 / 0.186,
+        0.246 / 0.245,
+    )  # forearm to upper arm, shin to thigh: Drillis & Contini (1966)
+
+    def __init__(
+        self,
+        pose="usyd-community/vitpose-base-simple",  # Hub id or folder of a ViTPose; "keypointrcnn": torchvision's
+        detector="PekingU/rtdetr_r50vd_coco_o365",  # Hub id or folder of an object detector that knows "person"
+        least=0.5,  # score a person needs
+        device="cpu",
+    ):  # where the networks run
+        self.least, self.device = least, device
+        self.by = dict(faces="MTCNN (facenet-pytorch)")
         try:
             if pose == "keypointrcnn":
                 from torchvision.models.detection import keypointrcnn_resnet50_fpn as make
-                self.rcnn = make(weights="DEFAULT", progress=False).eval().to(device); self.by |= dict.fromkeys(("people", "joints"), "Keypoint R-CNN (torchvision)"); return
-            from transformers import AutoImageProcessor, AutoModelForObjectDetection, VitPoseForPoseEstimation
-            self.rcnn, self.pose, self.detector = None, *(c.from_pretrained(p, use_safetensors=True).eval().to(device) for c, p in ((VitPoseForPoseEstimation, pose), (AutoModelForObjectDetection, detector)))
-            self.by |= dict(people=f"object detector {detector}", joints=f"ViTPose {pose}"); self.to_pose, self.to_detector = (AutoImageProcessor.from_pretrained(p) for p in (pose, detector))
-        except (OSError, ValueError) as e: raise FileNotFoundError(f"the pose reader needs {pose if pose == 'keypointrcnn' else f'{pose} and {detector}'}, which could not be loaded or downloaded ({type(e).__name__}): fetch them once with internet, or pass local folders") from None
+
+                self.rcnn = make(weights="DEFAULT", progress=False).eval().to(device)
+                self.by |= dict.fromkeys(("people", "joints"), "Keypoint R-CNN (torchvision)")
+                return
+            from transformers import (
+                AutoImageProcessor,
+                AutoModelForObjectDetection,
+                VitPoseForPoseEstimation,
+            )
+
+            self.rcnn, self.pose, self.detector = (
+                None,
+                *(
+                    c.from_pretrained(p, use_safetensors=True).eval().to(device)
+                    for c, p in (
+                        (VitPoseForPoseEstimation, pose),
+                        (AutoModelForObjectDetection, detector),
+                    )
+                ),
+            )
+            self.by |= dict(people=f"object detector {detector}", joints=f"ViTPose {pose}")
+            self.to_pose, self.to_detector = (
+                AutoImageProcessor.from_pretrained(p) for p in (pose, detector)
+            )
+        except (OSError, ValueError) as e:
+            raise FileNotFoundError(
+                f"the pose reader needs {pose if pose == 'keypointrcnn' else f'{pose} and {detector}'}, which could not be loaded or downloaded ({type(e).__name__}): fetch them once with internet, or pass local folders"
+            ) from None
 
 # %% ../nbs/06b_people_metrics.ipynb #fcc6d536
 @patch
 @torch.no_grad()
-def _vitpose(self:PhotoReader, im): # PIL
+def _vitpose(self: PhotoReader, im):  # PIL
     d = self.detector(**self.to_detector(images=[im], return_tensors="pt").to(self.device))
-    r, = self.to_detector.post_process_object_detection(d, target_sizes=[(im.height, im.width)], threshold=self.least)
-    person = torch.tensor([self.detector.config.id2label[int(k)] == "person" for k in r["labels"]], dtype=torch.bool); b = r["boxes"].cpu()[person].numpy()
+    (r,) = self.to_detector.post_process_object_detection(
+        d, target_sizes=[(im.height, im.width)], threshold=self.least
+    )
+    person = torch.tensor(
+        [self.detector.config.id2label[int(k)] == "person" for k in r["labels"]], dtype=torch.bool
+    )
+    b = r["boxes"].cpu()[person].numpy()
     b = b[(b[:, 2:] - b[:, :2]).min(1) > 1] if len(b) else b.reshape(0, 4)
-    if not len(b): return b, np.zeros((0, 17, 3))
-    boxes = [np.c_[b[:, :2], b[:, 2:] - b[:, :2]].tolist()]; out = self.pose(**self.to_pose([im], boxes=boxes, return_tensors="pt").to(self.device))
-    return b, np.array([np.c_[k["keypoints"].cpu(), k["scores"].cpu()] for k in self.to_pose.post_process_pose_estimation(out, boxes=boxes)[0]])
+    if not len(b):
+        return b, np.zeros((0, 17, 3))
+    boxes = [np.c_[b[:, :2], b[:, 2:] - b[:, :2]].tolist()]
+    out = self.pose(**self.to_pose([im], boxes=boxes, return_tensors="pt").to(self.device))
+    return b, np.array(
+        [
+            np.c_[k["keypoints"].cpu(), k["scores"].cpu()]
+            for k in self.to_pose.post_process_pose_estimation(out, boxes=boxes)[0]
+        ]
+    )
+
 
 @patch
 @torch.no_grad()
-def _rcnn(self:PhotoReader, im): # PIL
-    r, = self.rcnn([torch.from_numpy(np.array(im)).permute(2, 0, 1).to(self.device)/255]); on = r["scores"] >= self.least
-    joints = np.concatenate([r["keypoints"][on][..., :2].cpu(), r["keypoints_scores"][on].sigmoid()[..., None].cpu()], -1)
+def _rcnn(self: PhotoReader, im):  # PIL
+    (r,) = self.rcnn([torch.from_numpy(np.array(im)).permute(2, 0, 1).to(self.device) / 255])
+    on = r["scores"] >= self.least
+    joints = np.concatenate(
+        [r["keypoints"][on][..., :2].cpu(), r["keypoints_scores"][on].sigmoid()[..., None].cpu()],
+        -1,
+    )
     return r["boxes"][on].cpu().numpy(), joints
 
+
 @patch
-def __call__(self:PhotoReader, pictures): # list of PIL images, or what `as_uint8` takes
+def __call__(self: PhotoReader, pictures):  # list of PIL images, or what `as_uint8` takes
     "`Seen`."
-    ims = list(pictures) if isinstance(pictures, (list, tuple)) else [Image.fromarray(v.permute(1, 2, 0).numpy()) for v in as_uint8(pictures)]
-    f = detect_faces(ims, self.face_least, device=self.device); bodies = []
-    for b, j in map(self._rcnn if self.rcnn else self._vitpose, [im.convert("RGB") for im in ims]): k = np.argsort(-np.prod(b[:, 2:]-b[:, :2], 1)); bodies.append((b[k], j[k]))
-    return Seen([b.numpy() for b, _ in f], [s.numpy() for _, s in f], [b for b, _ in bodies], [j for _, j in bodies], np.array([len(b) for b, _ in bodies]))
+    ims = (
+        list(pictures)
+        if isinstance(pictures, (list, tuple))
+        else [Image.fromarray(v.permute(1, 2, 0).numpy()) for v in as_uint8(pictures)]
+    )
+    f = detect_faces(ims, self.face_least, device=self.device)
+    bodies = []
+    for b, j in map(self._rcnn if self.rcnn else self._vitpose, [im.convert("RGB") for im in ims]):
+        k = np.argsort(-np.prod(b[:, 2:] - b[:, :2], 1))
+        bodies.append((b[k], j[k]))
+    return Seen(
+        [b.numpy() for b, _ in f],
+        [s.numpy() for _, s in f],
+        [b for b, _ in bodies],
+        [j for _, j in bodies],
+        np.array([len(b) for b, _ in bodies]),
+    )
 
 # %% ../nbs/06b_people_metrics.ipynb #99d72e9f
-_ONE = "man woman boy girl baby person child kid lady guy player surfer skier".split()
+_ONE = [
+    "man",
+    "woman",
+    "boy",
+    "girl",
+    "baby",
+    "person",
+    "child",
+    "kid",
+    "lady",
+    "guy",
+    "player",
+    "surfer",
+    "skier",
+]
 _NUMBER = dict(a=1, an=1, one=1, the=1, two=2, three=3, four=4, five=5)
-_MANY = dict(men="man", women="woman", people="person", children="child", ladies="lady", babies="baby")
+_MANY = dict(
+    men="man", women="woman", people="person", children="child", ladies="lady", babies="baby"
+)
 
-def people_in_caption(text): # a prompt
+
+def people_in_caption(text):  # a prompt
     "People a prompt asks for, or None if it does not say."
     total, number = 0, None
     for w in re.findall(r"[a-z]+", text.lower()):
-        if w in _NUMBER: number = _NUMBER[w]; continue
+        if w in _NUMBER:
+            number = _NUMBER[w]
+            continue
         one, many = w in _ONE, w in _MANY or (w.endswith("s") and w[:-1] in _ONE)
         if one or many:
-            if number is None or (many and number < 2): return None
+            if number is None or (many and number < 2):
+                return None
             total += number if many else 1
             number = None
     return total or None
 
 # %% ../nbs/06b_people_metrics.ipynb #e673a202
-BETTER = dict(faces=1, face_confidence=1, count_error=-1, joints=1, joint_confidence=1, limb_error=-1, sharpness=0, attributes=1, mood=1, clip_score=1, identity=1, diversity=0)  # 0: towards real pictures
+BETTER = dict(
+    faces=1,
+    face_confidence=1,
+    count_error=-1,
+    joints=1,
+    joint_confidence=1,
+    limb_error=-1,
+    sharpness=0,
+    attributes=1,
+    mood=1,
+    clip_score=1,
+    identity=1,
+    diversity=0,
+)  # 0: towards real pictures
 
-def sharpness(pictures, # what `as_uint8` takes
-              faces,    # N arrays (n,4) of boxes, pixels
-             ): # (N,), NaN without a face
+
+def sharpness(
+    pictures,  # what `as_uint8` takes
+    faces,  # N arrays (n,4) of boxes, pixels
+):  # (N,), NaN without a face
     "High-frequency energy inside faces: RMS of luminance minus its Gaussian of one pixel, in grey levels of 255."
-    y = (as_uint8(pictures).float()*torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(1).numpy(); high = y - ndimage.gaussian_filter(y, (0, 1, 1)); out = np.full(len(y), np.nan)
+    y = (
+        (as_uint8(pictures).float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1))
+        .sum(1)
+        .numpy()
+    )
+    high = y - ndimage.gaussian_filter(y, (0, 1, 1))
+    out = np.full(len(y), np.nan)
     for i, boxes in enumerate(faces):
-        cut = [high[i, int(y0):max(int(np.ceil(y1)), int(y0)+1), int(x0):max(int(np.ceil(x1)), int(x0)+1)] for x0, y0, x1, y1 in boxes]
-        if cut: out[i] = np.mean([np.sqrt(np.mean(c**2)) for c in cut])
+        cut = [
+            high[
+                i,
+                int(y0) : max(int(np.ceil(y1)), int(y0) + 1),
+                int(x0) : max(int(np.ceil(x1)), int(x0) + 1),
+            ]
+            for x0, y0, x1, y1 in boxes
+        ]
+        if cut:
+            out[i] = np.mean([np.sqrt(np.mean(c**2)) for c in cut])
     return out
 
 # %% ../nbs/06b_people_metrics.ipynb #3dd49e67
-def measures(seen,      # `Seen`
-             pictures,  # that it was seen in
-             want,      # (N,) people asked for; None or NaN where unknown
-             scenes=None, # list of `Scene`, where a reader has words
-             pairs=None,  # (forearm/upper arm, shin/thigh) of people who are not this world's
-            ): # {measure: (N,)}, NaN where there is nothing to say
+def measures(
+    seen,  # `Seen`
+    pictures,  # that it was seen in
+    want,  # (N,) people asked for; None or NaN where unknown
+    scenes=None,  # list of `Scene`, where a reader has words
+    pairs=None,  # (forearm/upper arm, shin/thigh) of people who are not this world's
+):  # {measure: (N,)}, NaN where there is nothing to say
     "The table's numbers, one a picture."
-    want = np.array([np.nan if w is None else w for w in want], float); n = len(want); nan = lambda: np.full(n, np.nan); out = dict(faces=nan(), face_confidence=nan(), joints=nan(), joint_confidence=nan(), limb_error=nan())
-    if n != len(seen.count): raise ValueError(f"{len(seen.count)} pictures were seen, but {n} prompts are given")
+    want = np.array([np.nan if w is None else w for w in want], float)
+    n = len(want)
+
+    def nan():
+        return np.full(n, np.nan)
+
+    out = dict(
+        faces=nan(), face_confidence=nan(), joints=nan(), joint_confidence=nan(), limb_error=nan()
+    )
+    if n != len(seen.count):
+        raise ValueError(f"{len(seen.count)} pictures were seen, but {n} prompts are given")
     for i, w in enumerate(want):
-        if w > 0: out["faces"][i] = min(len(seen.faces[i]), w)/w
-        if len(seen.face_scores[i]): out["face_confidence"][i] = seen.face_scores[i][0]
+        if w > 0:
+            out["faces"][i] = min(len(seen.faces[i]), w) / w
+        if len(seen.face_scores[i]):
+            out["face_confidence"][i] = seen.face_scores[i][0]
         if w == 1:
-            j = seen.joints[i][0] if len(seen.joints[i]) else np.zeros((17, 3)); out["joints"][i], out["limb_error"][i] = limbs(j, **(dict(ratios=pairs) if pairs else {})); out["joint_confidence"][i] = j[:, 2].mean()
-    out |= dict(count_error=np.abs(seen.count-want), sharpness=sharpness(pictures, seen.faces))
+            j = seen.joints[i][0] if len(seen.joints[i]) else np.zeros((17, 3))
+            out["joints"][i], out["limb_error"][i] = limbs(
+                j, **(dict(ratios=pairs) if pairs else {})
+            )
+            out["joint_confidence"][i] = j[:, 2].mean()
+    out |= dict(count_error=np.abs(seen.count - want), sharpness=sharpness(pictures, seen.faces))
     if scenes is not None and seen.told is not None:
-        h = hits(seen.told, scenes); said = np.stack(list(h.values()), 1)
-        out |= dict(attributes=np.where(np.isfinite(said).any(1), np.nansum(said, 1)/np.isfinite(said).sum(1).clip(1), np.nan), mood=h["mood"])
+        h = hits(seen.told, scenes)
+        said = np.stack(list(h.values()), 1)
+        out |= dict(
+            attributes=np.where(
+                np.isfinite(said).any(1),
+                np.nansum(said, 1) / np.isfinite(said).sum(1).clip(1),
+                np.nan,
+            ),
+            mood=h["mood"],
+        )
     return out
 
 # %% ../nbs/06b_people_metrics.ipynb #a342220d
 @torch.no_grad()
-def identity(net,      # face network with `embed`, not one that trained; `InceptionResnetV1` is called directly
-             pictures, # (N,3,H,W) as `as_uint8` takes them
-             truth,    # the same of the known pictures
-             rows,     # (M,5) faces: picture number, x0, y0, x1, y1
-            ): # (M,) in [-1,1]
+def identity(
+    net,  # face network with `embed`, not one that trained; `InceptionResnetV1` is called directly
+    pictures,  # (N,3,H,W) as `as_uint8` takes them
+    truth,  # the same of the known pictures
+    rows,  # (M,5) faces: picture number, x0, y0, x1, y1
+):  # (M,) in [-1,1]
     "Is it the same person? Cosine of embeddings at the same place."
     size, embed = getattr(net, "face_size", 160), getattr(net, "embed", net)
-    a, b = (embed(crop_faces(as_uint8(v).float()/127.5 - 1, rows, size)) for v in (pictures, truth))
+    a, b = (
+        embed(crop_faces(as_uint8(v).float() / 127.5 - 1, rows, size)) for v in (pictures, truth)
+    )
     return torch.nn.functional.cosine_similarity(a.float(), b.float()).numpy()
 
 # %% ../nbs/06b_people_metrics.ipynb #c04d9d60
-def diversity(features): # (N,D) of one model's pictures
+def diversity(features):  # (N,D) of one model's pictures
     "(N,) pseudo-values of the mean distance between two pictures, per root dimension: their mean is that distance, their spread is its uncertainty."
-    f = torch.as_tensor(np.asarray(features)).double(); n = len(f); d = torch.cdist(f, f).sum(1)/max(1, n-1)/f.shape[1]**.5; u = d.mean()
-    return (n*u - (n-1)*(n*u - 2*d)/(n-2) if n > 2 else d).numpy()
+    f = torch.as_tensor(np.asarray(features)).double()
+    n = len(f)
+    d = torch.cdist(f, f).sum(1) / max(1, n - 1) / f.shape[1] ** 0.5
+    u = d.mean()
+    return (n * u - (n - 1) * (n * u - 2 * d) / (n - 2) if n > 2 else d).numpy()
 
 # %% ../nbs/06b_people_metrics.ipynb #5d0afafe
 @torch.no_grad()
-def clip_score(pictures, # list of PIL images, or what `as_uint8` takes
-               captions, # one a picture
-               model="openai/clip-vit-base-patch16", # Hub id or folder
-               device="cpu", batch=16): # where it runs; pictures a pass
+def clip_score(
+    pictures,  # list of PIL images, or what `as_uint8` takes
+    captions,  # one a picture
+    model="openai/clip-vit-base-patch16",  # Hub id or folder
+    device="cpu",
+    batch=16,
+):  # where it runs; pictures a pass
     "(N,) CLIP scores, 0 to 100. Raises FileNotFoundError when the model is not there."
     from transformers import CLIPModel, CLIPProcessor
-    try: net, proc = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device), CLIPProcessor.from_pretrained(model)
-    except (OSError, ValueError) as e: raise FileNotFoundError(f"the CLIP score needs {model}, which could not be loaded or downloaded ({type(e).__name__})") from None
-    ims, out = [v for v in pictures] if isinstance(pictures, (list, tuple)) else list(as_uint8(pictures)), []
+
+    try:
+        net, proc = (
+            CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device),
+            CLIPProcessor.from_pretrained(model),
+        )
+    except (OSError, ValueError) as e:
+        raise FileNotFoundError(
+            f"the CLIP score needs {model}, which could not be loaded or downloaded ({type(e).__name__})"
+        ) from None
+    ims, out = (
+        list(pictures) if isinstance(pictures, (list, tuple)) else list(as_uint8(pictures)),
+        [],
+    )
     for i in range(0, len(ims), batch):
-        r = net(**proc(text=list(captions[i:i+batch]), images=ims[i:i+batch], return_tensors="pt", padding=True, truncation=True).to(device)); out.append(100*torch.nn.functional.cosine_similarity(r.image_embeds, r.text_embeds).clamp(min=0))
+        r = net(
+            **proc(
+                text=list(captions[i : i + batch]),
+                images=ims[i : i + batch],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+            ).to(device)
+        )
+        out.append(
+            100 * torch.nn.functional.cosine_similarity(r.image_embeds, r.text_embeds).clamp(min=0)
+        )
     return torch.cat(out).cpu().numpy()
 
 # %% ../nbs/06b_people_metrics.ipynb #3a21cb3e
-def cut(pictures, # what `as_uint8` takes
-        boxes,    # N arrays (n,4), pixels
-        side,     # of the crops, pixels
-        grow=.1,  # share of the box added on each side, up to the edge
-        least=8,  # pixels a box must measure
-       ): # ((M,3,side,side) uint8, (M,) picture number)
+def cut(
+    pictures,  # what `as_uint8` takes
+    boxes,  # N arrays (n,4), pixels
+    side,  # of the crops, pixels
+    grow=0.1,  # share of the box added on each side, up to the edge
+    least=8,  # pixels a box must measure
+):  # ((M,3,side,side) uint8, (M,) picture number)
     "Crops resized as cleanly as whole pictures are."
-    x, out, who = as_uint8(pictures), [], []; h, w = x.shape[-2:]
+    x, out, who = as_uint8(pictures), [], []
+    h, w = x.shape[-2:]
     for i, bs in enumerate(boxes):
         for x0, y0, x1, y1 in bs:
-            if min(x1-x0, y1-y0) < least: continue
-            gx, gy = (x1-x0)*grow, (y1-y0)*grow; a, b, c, d = (int(v) for v in (max(0, x0-gx), max(0, y0-gy), min(w, np.ceil(x1+gx)), min(h, np.ceil(y1+gy))))
-            out.append(clean_resize(x[i:i+1, :, b:d, a:c], side)); who.append(i)
-    return (torch.cat(out) if out else torch.zeros(0, 3, side, side, dtype=torch.uint8)), np.array(who, int)
+            if min(x1 - x0, y1 - y0) < least:
+                continue
+            gx, gy = (x1 - x0) * grow, (y1 - y0) * grow
+            a, b, c, d = (
+                int(v)
+                for v in (
+                    max(0, x0 - gx),
+                    max(0, y0 - gy),
+                    min(w, np.ceil(x1 + gx)),
+                    min(h, np.ceil(y1 + gy)),
+                )
+            )
+            out.append(clean_resize(x[i : i + 1, :, b:d, a:c], side))
+            who.append(i)
+    return (torch.cat(out) if out else torch.zeros(0, 3, side, side, dtype=torch.uint8)), np.array(
+        who, int
+    )
 
 # %% ../nbs/06b_people_metrics.ipynb #26a7d00d
-def damage(world, # from `world_arrays`
-           empty, # the same places without people, from `world_arrays(people=False)`
-           seed=0): # of the noise
+def damage(
+    world,  # from `world_arrays`
+    empty,  # the same places without people, from `world_arrays(people=False)`
+    seed=0,
+):  # of the noise
     "{name: (N,64,64,3) uint8}: blur, noise, swapped faces, removed limbs, collapse."
-    x, n = world["pictures"], len(world["pictures"]); rng = np.random.default_rng(seed); swapped, cut_off = x.copy(), x.copy(); ys, xs = np.mgrid[:64, :64] + .5
-    faces = [(i, k, *np.round(world["faces"][i, k]).astype(int)) for i, k in zip(*np.nonzero(np.isfinite(world["faces"][..., 0]))) if (world["faces"][i, k, 2:] - world["faces"][i, k, :2]).min() >= 6]
-    for (i, k, x0, y0, x1, y1), (j, l, a, b, c, d) in zip(faces, faces[len(faces)//2:] + faces[:len(faces)//2]):
-        swapped[i, y0:y1, x0:x1] = np.asarray(Image.fromarray(x[j, b:d, a:c]).resize((x1-x0, y1-y0), Image.BICUBIC))
+    x, n = world["pictures"], len(world["pictures"])
+    rng = np.random.default_rng(seed)
+    swapped, cut_off = x.copy(), x.copy()
+    ys, xs = np.mgrid[:64, :64] + 0.5
+    faces = [
+        (i, k, *np.round(world["faces"][i, k]).astype(int))
+        for i, k in zip(*np.nonzero(np.isfinite(world["faces"][..., 0])))
+        if (world["faces"][i, k, 2:] - world["faces"][i, k, :2]).min() >= 6
+    ]
+    for (i, k, x0, y0, x1, y1), (j, l, a, b, c, d) in zip(
+        faces, faces[len(faces) // 2 :] + faces[: len(faces) // 2]
+    ):
+        swapped[i, y0:y1, x0:x1] = np.asarray(
+            Image.fromarray(x[j, b:d, a:c]).resize((x1 - x0, y1 - y0), Image.BICUBIC)
+        )
     for i, people in enumerate(world["joints"]):
         for kp in people:
-            for a, b in ((7, 9), (8, 10), (13, 15), (14, 16)):   # elbow to wrist, knee to ankle
-                if kp[a, 2] == 0 or kp[b, 2] == 0: continue
-                p, q = kp[a, :2], kp[b, :2] + .35*(kp[b, :2]-kp[a, :2]); v = q - p; L = max(np.hypot(*v), 1e-6); s = np.clip(((xs-p[0])*v[0] + (ys-p[1])*v[1])/L**2, .1, 1)
-                on = np.hypot(xs-p[0]-s*v[0], ys-p[1]-s*v[1]) < max(1.5, .22*L); cut_off[i][on] = empty["pictures"][i][on]
-    return dict(blur=ndimage.gaussian_filter(x.astype(float), (0, 1.2, 1.2, 0)).round().astype(np.uint8), noise=(x + rng.normal(0, 20, x.shape)).round().clip(0, 255).astype(np.uint8), face_swap=swapped, limbs_removed=cut_off, collapse=x[np.arange(n) % max(1, n//6)])
+            for a, b in ((7, 9), (8, 10), (13, 15), (14, 16)):  # elbow to wrist, knee to ankle
+                if kp[a, 2] == 0 or kp[b, 2] == 0:
+                    continue
+                p, q = kp[a, :2], kp[b, :2] + 0.35 * (kp[b, :2] - kp[a, :2])
+                v = q - p
+                L = max(np.hypot(*v), 1e-6)
+                s = np.clip(((xs - p[0]) * v[0] + (ys - p[1]) * v[1]) / L**2, 0.1, 1)
+                on = np.hypot(xs - p[0] - s * v[0], ys - p[1] - s * v[1]) < max(1.5, 0.22 * L)
+                cut_off[i][on] = empty["pictures"][i][on]
+    return dict(
+        blur=ndimage.gaussian_filter(x.astype(float), (0, 1.2, 1.2, 0)).round().astype(np.uint8),
+        noise=(x + rng.normal(0, 20, x.shape)).round().clip(0, 255).astype(np.uint8),
+        face_swap=swapped,
+        limbs_removed=cut_off,
+        collapse=x[np.arange(n) % max(1, n // 6)],
+    )
 
 # %% ../nbs/06b_people_metrics.ipynb #42378c19
-EXPECT = dict(blur=dict(sharpness=-1, sharpness_known=-1, attributes=-1, identity=-1), noise=dict(sharpness_known=1, attributes=-1, identity=-1), face_swap=dict(identity=-1, mood=-1, attributes=-1), limbs_removed=dict(joints=-1, joint_confidence=-1),
-              collapse=dict(attributes=-1, diversity=-1))  # sign of the change that must be seen
+EXPECT = dict(
+    blur=dict(sharpness=-1, sharpness_known=-1, attributes=-1, identity=-1),
+    noise=dict(sharpness_known=1, attributes=-1, identity=-1),
+    face_swap=dict(identity=-1, mood=-1, attributes=-1),
+    limbs_removed=dict(joints=-1, joint_confidence=-1),
+    collapse=dict(attributes=-1, diversity=-1),
+)  # sign of the change that must be seen
 
-def all_measures(reader, look, knows, pictures, want, scenes, rows, truth): # `WorldReader`; `Features`; face network; (N,3,64,64); (N,); scenes; (M,5) faces; (N,3,64,64) the known pictures
+
+def all_measures(
+    reader, look, knows, pictures, want, scenes, rows, truth
+):  # `WorldReader`; `Features`; face network; (N,3,64,64); (N,); scenes; (M,5) faces; (N,3,64,64) the known pictures
     "{measure: (N,)}, the ones that need the truth too."
-    who = identity(knows, pictures, truth, rows); own = np.full(len(want), np.nan); k = rows[:, 0].long().numpy(); np.put(own, k, 0); np.add.at(own, k, who); own /= np.maximum(np.bincount(k, minlength=len(want)), 1)
+    who = identity(knows, pictures, truth, rows)
+    own = np.full(len(want), np.nan)
+    k = rows[:, 0].long().numpy()
+    np.put(own, k, 0)
+    np.add.at(own, k, who)
+    own /= np.maximum(np.bincount(k, minlength=len(want)), 1)
     known = [rows[rows[:, 0] == i, 1:].numpy() for i in range(len(want))]
-    return measures(reader(pictures), pictures, want, scenes) | dict(sharpness_known=sharpness(pictures, known), identity=own, diversity=diversity(look(pictures)))
+    return measures(reader(pictures), pictures, want, scenes) | dict(
+        sharpness_known=sharpness(pictures, known),
+        identity=own,
+        diversity=diversity(look(pictures)),
+    )

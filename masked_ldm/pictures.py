@@ -9,114 +9,185 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'PictureError', 'orient', 'to_rgb', 'read_pi
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from .show import progress
 
 # %% ../nbs/01b_pictures.ipynb #74bce045
 class PictureError(OSError):
     "A picture file that cannot be used; the message names the path and what is wrong."
-    reason = ""   # what is wrong, without the path
+
+    reason = ""  # what is wrong, without the path
+
 
 def _wrong(path, reason):
     "`PictureError` of a path."
-    e = PictureError(f"picture {path} {reason}"); e.reason = reason
+    e = PictureError(f"picture {path} {reason}")
+    e.reason = reason
     return e
 
 # %% ../nbs/01b_pictures.ipynb #14822547
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 89_478_485   # Pillow's own limit of what it takes without a warning
+MAX_PIXELS = 89_478_485  # Pillow's own limit of what it takes without a warning
+
 
 def _not_a_picture(path):
     "Why Pillow does not know this file, from its first bytes."
-    with open(path, "rb") as f: head = f.read(512)
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")): return "is a web page, not a picture: the download failed; fetch it again"
+    with open(path, "rb") as f:
+        head = f.read(512)
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, not a picture: the download failed; fetch it again"
     return f"is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged (it begins with {head[:12]!r}): fetch it again"
+
 
 def _open(path):
     "An opened, not yet decoded picture, or PictureError."
-    path, refused = Path(path), f"more than {MAX_PIXELS:,}: it is refused, as it may be made to fill the memory"
-    if not path.is_file(): raise _wrong(path, "is missing" if not path.exists() else "is not a file")
+    path, refused = (
+        Path(path),
+        f"more than {MAX_PIXELS:,}: it is refused, as it may be made to fill the memory",
+    )
+    if not path.is_file():
+        raise _wrong(path, "is missing" if not path.exists() else "is not a file")
     try:
-        if not path.stat().st_size: raise _wrong(path, "is empty (0 bytes): fetch it again")
+        if not path.stat().st_size:
+            raise _wrong(path, "is empty (0 bytes): fetch it again")
         im = Image.open(path, formats=FORMATS)
-    except PictureError: raise
-    except UnidentifiedImageError: raise _wrong(path, _not_a_picture(path)) from None
-    except Image.DecompressionBombError: raise _wrong(path, f"has far too many pixels, {refused}") from None
-    except PermissionError as e: raise _wrong(path, f"may not be read ({e.strerror})") from None
-    except Exception as e: raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    if im.width*im.height > MAX_PIXELS: raise _wrong(path, f"has {im.width} x {im.height} pixels, {refused}")
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise _wrong(path, _not_a_picture(path)) from None
+    except Image.DecompressionBombError:
+        raise _wrong(path, f"has far too many pixels, {refused}") from None
+    except PermissionError as e:
+        raise _wrong(path, f"may not be read ({e.strerror})") from None
+    except Exception as e:
+        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
+    if im.width * im.height > MAX_PIXELS:
+        raise _wrong(path, f"has {im.width} x {im.height} pixels, {refused}")
     return im
 
 # %% ../nbs/01b_pictures.ipynb #b524542f
-def orient(im,        # opened PIL image
-           size=None, # (width, height) of the annotation
-          ): # PIL image
+def orient(
+    im,  # opened PIL image
+    size=None,  # (width, height) of the annotation
+):  # PIL image
     "The picture the way up that its annotation was made on. Raises ValueError if neither way has the annotation's size."
-    try: turned = im.getexif().get(0x0112, 1)
-    except Exception: turned = 1   # EXIF that cannot be read turns nothing
+    try:
+        turned = im.getexif().get(0x0112, 1)
+    except Exception:
+        turned = 1  # EXIF that cannot be read turns nothing
     stored, upright = im.size, im.size[::-1] if turned in (5, 6, 7, 8) else im.size
-    if size is None: return ImageOps.exif_transpose(im) if turned in range(2, 9) else im
-    if tuple(size) == stored: return im
-    if tuple(size) == upright: return ImageOps.exif_transpose(im)
+    if size is None:
+        return ImageOps.exif_transpose(im) if turned in range(2, 9) else im
+    if tuple(size) == stored:
+        return im
+    if tuple(size) == upright:
+        return ImageOps.exif_transpose(im)
     other = f" ({upright[0]} x {upright[1]} turned upright)" if upright != stored else ""
-    raise ValueError(f"is {stored[0]} x {stored[1]}{other}, its annotation says {size[0]} x {size[1]}")
+    raise ValueError(
+        f"is {stored[0]} x {stored[1]}{other}, its annotation says {size[0]} x {size[1]}"
+    )
 
 # %% ../nbs/01b_pictures.ipynb #9d72d61d
-def to_rgb(im): # PIL image of any mode
+def to_rgb(im):  # PIL image of any mode
     "8-bit RGB: 16 bits scaled, transparency over white. Raises ValueError for numbers whose range is unknown."
     if im.mode.startswith(("I", "F")):
-        v = np.asarray(im).astype(np.float64); top = 1. if im.mode == "F" else 65535.
+        v = np.asarray(im).astype(np.float64)
+        top = 1.0 if im.mode == "F" else 65535.0
         if not (np.isfinite(v).all() and v.min() >= 0 and v.max() <= top):
-            raise ValueError(f"has numbers of mode {im.mode} outside 0 to {top:g}: their range is not known")
-        return Image.fromarray(np.round(v*(255/top)).astype(np.uint8)).convert("RGB")
+            raise ValueError(
+                f"has numbers of mode {im.mode} outside 0 to {top:g}: their range is not known"
+            )
+        return Image.fromarray(np.round(v * (255 / top)).astype(np.uint8)).convert("RGB")
     if im.has_transparency_data:
-        im = im.convert("RGBA"); return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
+        im = im.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     return im.convert("RGB")
 
 # %% ../nbs/01b_pictures.ipynb #9bd2169a
-def read_picture(path,      # of a picture file
-                 size=None, # (width, height) that the annotation says
-                ): # PIL RGB, of that size if one is given
+def read_picture(
+    path,  # of a picture file
+    size=None,  # (width, height) that the annotation says
+):  # PIL RGB, of that size if one is given
     "A picture as RGB, the way up that its annotation was made on. Raises PictureError that names the path and what is wrong."
     im = _open(path)
-    try: turned = orient(im, size)
-    except ValueError as e: raise _wrong(path, str(e)) from None
-    except Exception as e: raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    try: turned.load()
-    except Exception as e: raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    try: return to_rgb(turned)
-    except Exception as e: raise _wrong(path, str(e) if isinstance(e, ValueError) else f"of mode {turned.mode} cannot be made RGB ({e})") from None
+    try:
+        turned = orient(im, size)
+    except ValueError as e:
+        raise _wrong(path, str(e)) from None
+    except Exception as e:
+        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
+    try:
+        turned.load()
+    except Exception as e:
+        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
+    try:
+        return to_rgb(turned)
+    except Exception as e:
+        raise _wrong(
+            path,
+            str(e)
+            if isinstance(e, ValueError)
+            else f"of mode {turned.mode} cannot be made RGB ({e})",
+        ) from None
 
 # %% ../nbs/01b_pictures.ipynb #628ec458
 def _ends(path, kind):
     "Does the file end as its format does?"
-    with open(path, "rb") as f: f.seek(-min(4096, os.path.getsize(path)), 2); tail = f.read()
-    return (b"\xff\xd9" in tail) if kind in ("JPEG", "MPO") else (b"IEND" in tail) if kind == "PNG" else False
+    with open(path, "rb") as f:
+        f.seek(-min(4096, os.path.getsize(path)), 2)
+        tail = f.read()
+    return (
+        (b"\xff\xd9" in tail)
+        if kind in ("JPEG", "MPO")
+        else (b"IEND" in tail)
+        if kind == "PNG"
+        else False
+    )
 
-def check_picture(path,       # of a picture file
-                  size=None,  # (width, height) that the annotation says
-                  full=False, # decode it?
-                 ):
+
+def check_picture(
+    path,  # of a picture file
+    size=None,  # (width, height) that the annotation says
+    full=False,  # decode it?
+):
     "Raises PictureError if the file cannot be used."
     im = _open(path)
-    try: orient(im, size) if size else None
-    except ValueError as e: raise _wrong(path, str(e)) from None
-    except Exception as e: raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    finally: kind = im.format; im.close()
-    try: _open(path).verify() if full and kind == "PNG" else None   # its checksums; for other formats Pillow has nothing to verify
-    except Exception as e: raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    if full or not _ends(path, kind): read_picture(path, size)
+    try:
+        orient(im, size) if size else None
+    except ValueError as e:
+        raise _wrong(path, str(e)) from None
+    except Exception as e:
+        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
+    finally:
+        kind = im.format
+        im.close()
+    try:
+        _open(
+            path
+        ).verify() if full and kind == "PNG" else None  # its checksums; for other formats Pillow has nothing to verify
+    except Exception as e:
+        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
+    if full or not _ends(path, kind):
+        read_picture(path, size)
 
 # %% ../nbs/01b_pictures.ipynb #f48371e7
-def check_pictures(paths,        # of picture files
-                   sizes=None,   # their (width, height)
-                   full=False,   # decode them?
-                   workers=None, # threads; None: up to 8
-                  ): # list: None for a good picture, else what is wrong with it
+def check_pictures(
+    paths,  # of picture files
+    sizes=None,  # their (width, height)
+    full=False,  # decode them?
+    workers=None,  # threads; None: up to 8
+):  # list: None for a good picture, else what is wrong with it
     "Look over many files at once, in order."
+
     def one(job):
-        try: check_picture(*job, full)
-        except PictureError as e: return e.reason
-    jobs = list(zip(paths, sizes or [None]*len(paths)))
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool: return list(progress(pool.map(one, jobs), "pictures"))
+        try:
+            check_picture(*job, full)
+        except PictureError as e:
+            return e.reason
+
+    jobs = list(zip(paths, sizes or [None] * len(paths)))
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        return list(progress(pool.map(one, jobs), "pictures"))

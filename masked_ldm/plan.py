@@ -6,12 +6,17 @@
 __all__ = ['empty_base', 'Cost', 'cost', 'peak_memory', 'loss_networks', 'parts', 'decoded_samples', 'Plan', 'plan', 'throughput']
 
 # %% ../nbs/05c_plan.ipynb #4c8a51bb
-import json, math, time, warnings
+import json
+import math
+import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import lpips, torch
+
+import lpips
+import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from facenet_pytorch import InceptionResnetV1
@@ -19,189 +24,411 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
+
 from .critics import TapNet
 from .models import BASES
 from .speed import recompute, recomputed
 
 # %% ../nbs/05c_plan.ipynb #70f3af63
-_SD15 = dict(unet=dict(sample_size=64, cross_attention_dim=768), text_encoder=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-             vae=dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4, layers_per_block=2))
+_SD15 = dict(
+    unet=dict(sample_size=64, cross_attention_dim=768),
+    text_encoder=dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    ),
+    vae=dict(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    ),
+)
 _FAKE = FakeTensorMode()
+
 
 @contextmanager
 def _default(dtype):
-    old = torch.get_default_dtype(); torch.set_default_dtype(dtype)
-    try: yield
-    finally: torch.set_default_dtype(old)
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(old)
 
-def empty_base(base, # as in `TrainConfig.base`: a name or folder; a base that is not on disk is taken for Stable Diffusion 1.5
-               dtype=torch.float32, # of UNet and text encoder; the VAE and the branch are float32
-              ): # {unet, branch, vae, text_encoder} of fake weights
+
+def empty_base(
+    base,  # as in `TrainConfig.base`: a name or folder; a base that is not on disk is taken for Stable Diffusion 1.5
+    dtype=torch.float32,  # of UNet and text encoder; the VAE and the branch are float32
+):  # {unet, branch, vae, text_encoder} of fake weights
     "The networks of a run, without their content."
-    folder = Path(BASES.get(base, base)); read = lambda part: json.loads((folder/part/"config.json").read_text()) if (folder/part/"config.json").is_file() else _SD15[part]
+    folder = Path(BASES.get(base, base))
+
+    def read(part):
+        return (
+            json.loads((folder / part / "config.json").read_text())
+            if (folder / part / "config.json").is_file()
+            else _SD15[part]
+        )
+
     with _FAKE:
-        with _default(dtype): unet, text = UNet2DConditionModel.from_config(read("unet")), CLIPTextModel(CLIPTextConfig(**read("text_encoder")))
-        vae, branch = AutoencoderKL.from_config(read("vae")), ControlNetModel.from_unet(unet, load_weights_from_unet=False)
-    for m in (unet, vae, text, branch.controlnet_cond_embedding): m.requires_grad_(False)
-    branch.controlnet_cond_embedding.forward = lambda hint: 0.
+        with _default(dtype):
+            unet, text = (
+                UNet2DConditionModel.from_config(read("unet")),
+                CLIPTextModel(CLIPTextConfig(**read("text_encoder"))),
+            )
+        vae, branch = (
+            AutoencoderKL.from_config(read("vae")),
+            ControlNetModel.from_unet(unet, load_weights_from_unet=False),
+        )
+    for m in (unet, vae, text, branch.controlnet_cond_embedding):
+        m.requires_grad_(False)
+    branch.controlnet_cond_embedding.forward = lambda hint: 0.0
     return dict(unet=unet, branch=branch, vae=vae, text_encoder=text)
 
 # %% ../nbs/05c_plan.ipynb #2cab078b
 @dataclass
 class Cost:
     "What a part of a step costs."
-    forward: float      # TFLOP
-    backward: float = 0 # TFLOP
-    kept: float = 0     # GiB that autograd holds from forward to backward
-    fixed: float = 0    # GiB that it holds for any number of samples: bf16 copies of weights
 
-    def __mul__(self, n): return Cost(self.forward*n, self.backward*n, self.kept*n, self.fixed if n else 0)
-    def __add__(self, o): return Cost(self.forward+o.forward, self.backward+o.backward, self.kept+o.kept, self.fixed+o.fixed)
+    forward: float  # TFLOP
+    backward: float = 0  # TFLOP
+    kept: float = 0  # GiB that autograd holds from forward to backward
+    fixed: float = 0  # GiB that it holds for any number of samples: bf16 copies of weights
+
+    def __mul__(self, n):
+        return Cost(self.forward * n, self.backward * n, self.kept * n, self.fixed if n else 0)
+
+    def __add__(self, o):
+        return Cost(
+            self.forward + o.forward,
+            self.backward + o.backward,
+            self.kept + o.kept,
+            self.fixed + o.fixed,
+        )
+
     __rmul__ = __mul__
+
 
 @contextmanager
 def _norms_in_float32(on):
     "CUDA's autocast computes normalisations in float32; the CPU's, with which is counted here, does not."
     norms = {k: getattr(F, k) for k in ("group_norm", "layer_norm")}
     if on:
-        for k, g in norms.items(): setattr(F, k, lambda x, *a, g=g, **kw: g(x.float(), *a, **kw))
-    try: yield
+        for k, g in norms.items():
+            setattr(F, k, lambda x, *a, g=g, **kw: g(x.float(), *a, **kw))
+    try:
+        yield
     finally:
-        for k, g in norms.items(): setattr(F, k, g)
+        for k, g in norms.items():
+            setattr(F, k, g)
 
-def cost(f,           # function of nothing, on fake tensors; returns a tensor, with gradient if there is a backward
-         bf16=False): # under bf16 autocast
+
+def cost(
+    f,  # function of nothing, on fake tensors; returns a tensor, with gradient if there is a backward
+    bf16=False,
+):  # under bf16 autocast
     "Count a computation."
     kept, alive = {}, []
+
     def pack(t):
-        if not isinstance(t, torch.nn.Parameter) and not isinstance(t._base, torch.nn.Parameter): s = t.untyped_storage(); kept[s._cdata] = s.nbytes(); alive.append(t)
+        if not isinstance(t, torch.nn.Parameter) and not isinstance(t._base, torch.nn.Parameter):
+            s = t.untyped_storage()
+            kept[s._cdata] = s.nbytes()
+            alive.append(t)
         return t
-    with _FAKE, _norms_in_float32(bf16):   # also during backward, where checkpointed parts are run again
-        with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=bf16): out = f()
+
+    with (
+        _FAKE,
+        _norms_in_float32(bf16),
+    ):  # also during backward, where checkpointed parts are run again
+        with (
+            FlopCounterMode(display=False) as forward,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            out = f()
         with FlopCounterMode(display=False) as backward:
-            if out.requires_grad: out.sum().backward()
-    return Cost(forward.get_total_flops()/1e12, backward.get_total_flops()/1e12, sum(kept.values())/2**30)
+            if out.requires_grad:
+                out.sum().backward()
+    return Cost(
+        forward.get_total_flops() / 1e12,
+        backward.get_total_flops() / 1e12,
+        sum(kept.values()) / 2**30,
+    )
 
 # %% ../nbs/05c_plan.ipynb #8aa094f9
-def peak_memory(f,            # function of nothing
-                device="cpu"): # where it computes
+def peak_memory(
+    f,  # function of nothing
+    device="cpu",
+):  # where it computes
     "(result of `f`, GiB of tensors that were there at one time beyond those before it)."
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); out = f()
-        torch.cuda.synchronize(); return out, (torch.cuda.max_memory_allocated()-before)/2**30
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: out = f()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = f()
+        torch.cuda.synchronize()
+        return out, (torch.cuda.max_memory_allocated() - before) / 2**30
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        out = f()
     now = most = 0
-    for _, n in sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]"): now += n; most = max(most, now)
-    return out, most/2**30
+    for _, n in sorted(
+        (e.start_ns(), e.nbytes())
+        for e in p.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ):
+        now += n
+        most = max(most, now)
+    return out, most / 2**30
 
 # %% ../nbs/05c_plan.ipynb #f2a88ead
 @lru_cache
-def _loss_net(name): # of LPIPS or the face loss -> (the network without content, side of the pictures it is shown or None)
+def _loss_net(
+    name,
+):  # of LPIPS or the face loss -> (the network without content, side of the pictures it is shown or None)
     with _FAKE, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)   # lpips uses old names of torchvision
-        if name in ("vgg", "alex", "squeeze"): return lpips.LPIPS(net=name, pretrained=False, pnet_rand=True, verbose=False).net.requires_grad_(False).eval(), None
-        if name in ("vggface2", "casia-webface"): return InceptionResnetV1().requires_grad_(False).eval(), 160
-        c = json.loads((Path(BASES["tiny"])/name/"config.json").read_text()); return TapNet(c["widths"], c["size"]).requires_grad_(False).eval(), c["size"] if "face" in name else None
+        warnings.simplefilter("ignore", UserWarning)  # lpips uses old names of torchvision
+        if name in ("vgg", "alex", "squeeze"):
+            return lpips.LPIPS(
+                net=name, pretrained=False, pnet_rand=True, verbose=False
+            ).net.requires_grad_(False).eval(), None
+        if name in ("vggface2", "casia-webface"):
+            return InceptionResnetV1().requires_grad_(False).eval(), 160
+        c = json.loads((Path(BASES["tiny"]) / name / "config.json").read_text())
+        return TapNet(c["widths"], c["size"]).requires_grad_(False).eval(), c[
+            "size"
+        ] if "face" in name else None
 
-def loss_networks(config): # `TrainConfig`
+
+def loss_networks(config):  # `TrainConfig`
     "{role: (network without content, side of its pictures)}: what a run holds besides the base."
-    c = config; tiny = lambda net, name: name if net == "tiny" else net; nets = {}
-    if c.lambda1: nets["lpips"] = tiny(c.lpips_net, "perceptual")
-    if c.lambda2: nets["face"] = tiny(c.face_net, "face")
-    if c.val_pictures: nets |= dict(judge_lpips="judge_perceptual" if c.lpips_net == "tiny" else "vgg" if c.lpips_net == "alex" else "alex", judge_face="judge_face" if c.face_net == "tiny" else "casia-webface")
+    c = config
+
+    def tiny(net, name):
+        return name if net == "tiny" else net
+
+    nets = {}
+    if c.lambda1:
+        nets["lpips"] = tiny(c.lpips_net, "perceptual")
+    if c.lambda2:
+        nets["face"] = tiny(c.face_net, "face")
+    if c.val_pictures:
+        nets |= dict(
+            judge_lpips="judge_perceptual"
+            if c.lpips_net == "tiny"
+            else "vgg"
+            if c.lpips_net == "alex"
+            else "alex",
+            judge_face="judge_face" if c.face_net == "tiny" else "casia-webface",
+        )
     return {k: (net, side or c.size) for k, v in nets.items() for net, side in [_loss_net(v)]}
 
 # %% ../nbs/05c_plan.ipynb #f85e9415
-def parts(config): # `TrainConfig`
+def parts(config):  # `TrainConfig`
     "{part: `Cost` of one sample} of a run's step."
-    judged = {k: _both_sides(k, *v, config.mixed_precision == "bf16") for k, v in loss_networks(config).items() if not k.startswith("judge")}
-    key, on = (config.base, config.size, config.mixed_precision == "bf16"), recomputed(config); return _frozen_parts(*key) | dict(denoise=_denoise(*key, on["branch"], on["unet"]), decode=_decode(*key, on["vae"])) | judged
+    judged = {
+        k: _both_sides(k, *v, config.mixed_precision == "bf16")
+        for k, v in loss_networks(config).items()
+        if not k.startswith("judge")
+    }
+    key, on = (config.base, config.size, config.mixed_precision == "bf16"), recomputed(config)
+    return (
+        _frozen_parts(*key)
+        | dict(denoise=_denoise(*key, on["branch"], on["unet"]), decode=_decode(*key, on["vae"]))
+        | judged
+    )
+
 
 @lru_cache
 def _frozen_parts(base, size, bf16):
     n = _nets(base, bf16)
-    with _FAKE: x, ids = torch.empty(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long)
-    with torch.no_grad(): return dict(encode=cost(lambda: n["vae"].encode(x).latent_dist.mean, bf16), text=cost(lambda: n["text_encoder"](ids).last_hidden_state, bf16))
+    with _FAKE:
+        x, ids = torch.empty(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long)
+    with torch.no_grad():
+        return dict(
+            encode=cost(lambda: n["vae"].encode(x).latent_dist.mean, bf16),
+            text=cost(lambda: n["text_encoder"](ids).last_hidden_state, bf16),
+        )
 
-def _latents(n, size, batch, **kw): side = size//2**(len(n["vae"].config.block_out_channels)-1); return torch.empty(batch, 4, side, side, **kw)
+
+def _latents(n, size, batch, **kw):
+    side = size // 2 ** (len(n["vae"].config.block_out_channels) - 1)
+    return torch.empty(batch, 4, side, side, **kw)
+
 
 @lru_cache
 def _denoise(base, size, bf16, branch, unet):
-    n = _nets(base, bf16); recompute(n, dict(branch=branch, unet=unet))
-    with _FAKE: inputs = {b: (_latents(n, size, b), torch.zeros(b, dtype=torch.long), torch.empty(b, 77, n["unet"].config.cross_attention_dim)) for b in (1, 2)}
+    n = _nets(base, bf16)
+    recompute(n, dict(branch=branch, unet=unet))
+    with _FAKE:
+        inputs = {
+            b: (
+                _latents(n, size, b),
+                torch.zeros(b, dtype=torch.long),
+                torch.empty(b, 77, n["unet"].config.cross_attention_dim),
+            )
+            for b in (1, 2)
+        }
+
     def run(b):
         down, mid = n["branch"](*inputs[b], controlnet_cond=inputs[b][0], return_dict=False)
-        return n["unet"](*inputs[b], down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+        return n["unet"](
+            *inputs[b], down_block_additional_residuals=down, mid_block_additional_residual=mid
+        ).sample
+
     return _a_sample(run, bf16)
+
 
 @lru_cache
 def _decode(base, size, bf16, vae):
-    n = _nets(base, bf16); recompute(n, dict(vae=vae))
-    with _FAKE: z = {b: _latents(n, size, b, requires_grad=True) for b in (1, 2)}
+    n = _nets(base, bf16)
+    recompute(n, dict(vae=vae))
+    with _FAKE:
+        z = {b: _latents(n, size, b, requires_grad=True) for b in (1, 2)}
     return _a_sample(lambda b: n["vae"].decode(z[b]).sample, bf16)
 
-def _a_sample(f, bf16): # function of the number of samples -> `Cost` of one, and what does not grow with them
-    one, two = (cost(lambda: f(b), bf16) for b in (1, 2)); return Cost(one.forward, one.backward, two.kept-one.kept, max(0., 2*one.kept-two.kept))
+
+def _a_sample(
+    f, bf16
+):  # function of the number of samples -> `Cost` of one, and what does not grow with them
+    one, two = (cost(lambda: f(b), bf16) for b in (1, 2))
+    return Cost(one.forward, one.backward, two.kept - one.kept, max(0.0, 2 * one.kept - two.kept))
+
 
 @lru_cache
-def _nets(base, bf16): return empty_base(base, torch.bfloat16 if bf16 else torch.float32)
+def _nets(base, bf16):
+    return empty_base(base, torch.bfloat16 if bf16 else torch.float32)
 
-def _last(out): return out if torch.is_tensor(out) else out[-1]
+
+def _last(out):
+    return out if torch.is_tensor(out) else out[-1]
+
 
 @lru_cache
-def _both_sides(role, net, side, bf16): # the prediction with gradient, the truth without
-    with _FAKE: x, pred = torch.empty(1, 3, side, side), torch.empty(1, 3, side, side, requires_grad=True)
-    with torch.no_grad(): truth = cost(lambda: _last(net(x)), bf16)
+def _both_sides(role, net, side, bf16):  # the prediction with gradient, the truth without
+    with _FAKE:
+        x, pred = torch.empty(1, 3, side, side), torch.empty(1, 3, side, side, requires_grad=True)
+    with torch.no_grad():
+        truth = cost(lambda: _last(net(x)), bf16)
     return truth + cost(lambda: _last(net(pred)), bf16)
 
 # %% ../nbs/05c_plan.ipynb #1fcdc6e4
-def decoded_samples(config): # `TrainConfig`
+def decoded_samples(config):  # `TrainConfig`
     "(most, mean) number of samples that a step decodes, of the whole batch."
-    B, p, cap = config.batch_size, config.T/1000, config.max_decoded or config.batch_size
-    if not config.lambda1 + config.lambda2 or not p: return 0, 0.
-    if config.stratified_t and p < 1: k = min(B-1, max(1, round(B*p)), cap); return k, float(k)
-    return min(B, cap), sum(min(k, cap)*math.comb(B, k)*p**k*(1-p)**(B-k) for k in range(B+1))
+    B, p, cap = config.batch_size, config.T / 1000, config.max_decoded or config.batch_size
+    if not config.lambda1 + config.lambda2 or not p:
+        return 0, 0.0
+    if config.stratified_t and p < 1:
+        k = min(B - 1, max(1, round(B * p)), cap)
+        return k, float(k)
+    return min(B, cap), sum(
+        min(k, cap) * math.comb(B, k) * p**k * (1 - p) ** (B - k) for k in range(B + 1)
+    )
 
 # %% ../nbs/05c_plan.ipynb #28b7704d
 @dataclass
 class Plan:
     "What a step of one process is going to cost."
+
     memory: dict  # {name: GiB}, with the peak as `total`
-    work: dict    # {name: TFLOP a step}, with `total`
-    speed: float = None # TFLOP a second of the device, from `throughput`
+    work: dict  # {name: TFLOP a step}, with `total`
+    speed: float = None  # TFLOP a second of the device, from `throughput`
 
     gib = property(lambda self: self.memory["total"])
     tflop = property(lambda self: self.work["total"])
-    seconds = property(lambda self: self.speed and self.tflop/self.speed) # a step; None without a speed
-    def __iter__(self): return iter((self.memory, self.work))
-    def __str__(self): return f"{self.gib:.1f} GiB and {self.tflop:.2f} TFLOP a step" + (f", about {self.seconds:.2g} s" if self.speed else "")
+    seconds = property(
+        lambda self: self.speed and self.tflop / self.speed
+    )  # a step; None without a speed
 
-def _cached(c): return c.max_steps*c.batch_size > 2*(37470 if c.data_root else c.world_pictures) if c.cache_latents is None else c.cache_latents   # as a run decides, for COCO's size
+    def __iter__(self):
+        return iter((self.memory, self.work))
 
-def plan(config,     # `TrainConfig`
-         processes=1,
-         cached=None, # are latents and text read from a cache? None: as the run decides
-         speed=None): # TFLOP a second, from `throughput`
+    def __str__(self):
+        return f"{self.gib:.1f} GiB and {self.tflop:.2f} TFLOP a step" + (
+            f", about {self.seconds:.2g} s" if self.speed else ""
+        )
+
+
+def _cached(c):
+    return (
+        c.max_steps * c.batch_size > 2 * (37470 if c.data_root else c.world_pictures)
+        if c.cache_latents is None
+        else c.cache_latents
+    )  # as a run decides, for COCO's size
+
+
+def plan(
+    config,  # `TrainConfig`
+    processes=1,
+    cached=None,  # are latents and text read from a cache? None: as the run decides
+    speed=None,
+):  # TFLOP a second, from `throughput`
     "The `Plan` of a run, before anything is loaded."
-    c, nets, p = config, _nets(config.base, config.mixed_precision == "bf16"), parts(config); B = -(-c.batch_size//processes); share = -(-B//c.gradient_accumulation_steps); most, mean = decoded_samples(c)
-    cached = _cached(c) if cached is None else cached; held = lambda m: sum(v.numel()*v.element_size() for v in m.parameters())/2**30
-    trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad)/2**30; once = sum((v for k, v in p.items() if k in ("lpips", "face")), p["decode"])
-    extra = 4*trained*c.use_ema; n = -(-most//(processes*c.gradient_accumulation_steps)); n = min(n, c.decode_batch or n); both = lambda v: v.forward + v.backward
-    memory = dict(weights=sum(map(held, nets.values())), losses=sum(held(m) for m, _ in loss_networks(c).values()), gradients=4*trained, adamw=(2 if c.use_8bit_adam else 8)*trained, **(dict(ema=extra) if extra else {}), denoise=share*p["denoise"].kept + p["denoise"].fixed,
-                  decode=n*once.kept + once.fixed*bool(n), transient=n*4*4*nets["vae"].config.block_out_channels[1]*c.size**2/2**30)
-    work = dict(encode=0. if cached else B*p["encode"].forward, text=0. if cached else B*p["text"].forward, denoise=B*both(p["denoise"]), decode=mean/processes*both(once))
-    m = dict(memory); g, d = m.pop("gradients"), m.pop("decode") + m.pop("transient"); peak = sum(m.values()) + (g + d if processes > 1 or c.gradient_accumulation_steps > 1 else max(g, d))
+    c, nets, p = config, _nets(config.base, config.mixed_precision == "bf16"), parts(config)
+    B = -(-c.batch_size // processes)
+    share = -(-B // c.gradient_accumulation_steps)
+    most, mean = decoded_samples(c)
+    cached = _cached(c) if cached is None else cached
+
+    def held(m):
+        return sum(v.numel() * v.element_size() for v in m.parameters()) / 2**30
+
+    trained = sum(v.numel() for v in nets["branch"].parameters() if v.requires_grad) / 2**30
+    once = sum((v for k, v in p.items() if k in ("lpips", "face")), p["decode"])
+    extra = 4 * trained * c.use_ema
+    n = -(-most // (processes * c.gradient_accumulation_steps))
+    n = min(n, c.decode_batch or n)
+
+    def both(v):
+        return v.forward + v.backward
+
+    memory = dict(
+        weights=sum(map(held, nets.values())),
+        losses=sum(held(m) for m, _ in loss_networks(c).values()),
+        gradients=4 * trained,
+        adamw=(2 if c.use_8bit_adam else 8) * trained,
+        **(dict(ema=extra) if extra else {}),
+        denoise=share * p["denoise"].kept + p["denoise"].fixed,
+        decode=n * once.kept + once.fixed * bool(n),
+        transient=n * 4 * 4 * nets["vae"].config.block_out_channels[1] * c.size**2 / 2**30,
+    )
+    work = dict(
+        encode=0.0 if cached else B * p["encode"].forward,
+        text=0.0 if cached else B * p["text"].forward,
+        denoise=B * both(p["denoise"]),
+        decode=mean / processes * both(once),
+    )
+    m = dict(memory)
+    g, d = m.pop("gradients"), m.pop("decode") + m.pop("transient")
+    peak = sum(m.values()) + (
+        g + d if processes > 1 or c.gradient_accumulation_steps > 1 else max(g, d)
+    )
     return Plan(dict(memory, total=peak), dict(work, total=sum(work.values())), speed)
 
 # %% ../nbs/05c_plan.ipynb #b91949eb
-def throughput(device="cpu", # where
-               bf16=False,   # under autocast
-               channels=320, side=64, seconds=.5): # of the convolution; how long to measure
+def throughput(
+    device="cpu",  # where
+    bf16=False,  # under autocast
+    channels=320,
+    side=64,
+    seconds=0.5,
+):  # of the convolution; how long to measure
     "TFLOP a second of a 3x3 convolution, forward and backward to its input."
-    net = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device).requires_grad_(False); x = torch.randn(1, channels, side, side, device=device, requires_grad=True); kind = torch.device(device).type
+    net = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device).requires_grad_(False)
+    x = torch.randn(1, channels, side, side, device=device, requires_grad=True)
+    kind = torch.device(device).type
+
     def once():
-        with torch.autocast(kind, torch.bfloat16, enabled=bf16): net(x).float().sum().backward()
-    def wait(): torch.cuda.synchronize() if kind == "cuda" else None
-    once(); wait(); start, n = time.perf_counter(), 0
-    while (took := time.perf_counter() - start) < seconds or n < 3: once(); wait(); n += 1
-    return n*4*9*channels**2*side**2/took/1e12
+        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
+            net(x).float().sum().backward()
+
+    def wait():
+        torch.cuda.synchronize() if kind == "cuda" else None
+
+    once()
+    wait()
+    start, n = time.perf_counter(), 0
+    while (took := time.perf_counter() - start) < seconds or n < 3:
+        once()
+        wait()
+        n += 1
+    return n * 4 * 9 * channels**2 * side**2 / took / 1e12

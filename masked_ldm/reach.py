@@ -7,6 +7,7 @@ __all__ = ['Reach', 'reaches', 'taps_of', 'windows', 'run_windows']
 
 # %% ../nbs/03a_reach.ipynb #bce5fe1c
 from dataclasses import dataclass
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,106 +17,205 @@ from torch.utils._pytree import tree_leaves
 @dataclass(frozen=True)
 class Reach:
     "Cell j of a map looks at the cells from j*stride+lo to j*stride+hi of the input, as far as they exist."
+
     stride: int  # input cells a cell
-    lo: int      # first one looked at, relative to j*stride; 0 or less
-    hi: int      # last one
+    lo: int  # first one looked at, relative to j*stride; 0 or less
+    hi: int  # last one
     size: tuple  # (h, w) of the map
 
-    def sees(self, start, stop): # a range of cells
+    def sees(self, start, stop):  # a range of cells
         "The range of input cells that cells start..stop-1 look at."
-        return start*self.stride + self.lo, (stop-1)*self.stride + self.hi + 1
+        return start * self.stride + self.lo, (stop - 1) * self.stride + self.hi + 1
 
-    def then(self, k, s, p, d, size): # kernel, stride, padding, dilation; (h, w) of the result
+    def then(self, k, s, p, d, size):  # kernel, stride, padding, dilation; (h, w) of the result
         "What a convolution or pooling makes of it."
-        return Reach(self.stride*s, self.lo - p*self.stride, self.hi + (d*(k-1) - p)*self.stride, tuple(size))
+        return Reach(
+            self.stride * s,
+            self.lo - p * self.stride,
+            self.hi + (d * (k - 1) - p) * self.stride,
+            tuple(size),
+        )
 
 # %% ../nbs/03a_reach.ipynb #cc67b805
-_ALONE = set("""relu relu_ leaky_relu leaky_relu_ gelu silu silu_ elu elu_ sigmoid tanh softplus hardtanh hardswish clamp add add_ sub mul mul_ div neg abs pow sqrt rsqrt exp log maximum minimum
- clone detach alias _to_copy to cat native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm""".split())
+_ALONE = {
+    "relu",
+    "relu_",
+    "leaky_relu",
+    "leaky_relu_",
+    "gelu",
+    "silu",
+    "silu_",
+    "elu",
+    "elu_",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "hardtanh",
+    "hardswish",
+    "clamp",
+    "add",
+    "add_",
+    "sub",
+    "mul",
+    "mul_",
+    "div",
+    "neg",
+    "abs",
+    "pow",
+    "sqrt",
+    "rsqrt",
+    "exp",
+    "log",
+    "maximum",
+    "minimum",
+    "clone",
+    "detach",
+    "alias",
+    "_to_copy",
+    "to",
+    "cat",
+    "native_batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "batch_norm",
+}
+
 
 class _NotLocal(Exception):
     "A cell may depend on all of the picture."
 
-def _shape(v): return (v, v) if isinstance(v, int) else tuple(v) if len(v) == 2 else (v[0], v[0])   # an int or a list of one or two
+
+def _shape(v):
+    return (
+        (v, v) if isinstance(v, int) else tuple(v) if len(v) == 2 else (v[0], v[0])
+    )  # an int or a list of one or two
+
 
 class _Trace(TorchDispatchMode):
     "Notes what every tensor computed from `x` looks at."
+
     def __init__(self, x):
-        super().__init__(); self.of, self.kept = {id(x): Reach(1, 0, 0, tuple(x.shape[-2:]))}, [x]
+        super().__init__()
+        self.of, self.kept = {id(x): Reach(1, 0, 0, tuple(x.shape[-2:]))}, [x]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         ins = [self.of[id(a)] for a in tree_leaves(args) if id(a) in self.of]
         if ins and torch.is_tensor(first := out[0] if isinstance(out, tuple) else out):
-            self.of[id(first)] = self.follow(name, ins, args, first); self.kept.append(first)   # kept, so that no id is used twice
+            self.of[id(first)] = self.follow(name, ins, args, first)
+            self.kept.append(first)  # kept, so that no id is used twice
         return out
 
     def follow(self, name, ins, args, out):
         "The `Reach` of an operation's result."
         r = Reach(ins[0].stride, min(i.lo for i in ins), max(i.hi for i in ins), ins[0].size)
-        if any((i.stride, i.size) != (r.stride, r.size) for i in ins) or out.ndim != 4: raise _NotLocal(name)
-        if name == "convolution" and not args[6]: k, s, p, d = args[1].shape[2:], args[3], args[4], args[5]
-        elif name.startswith("max_pool2d"): k, s, p, d = (list(args[1:]) + [[], 0, 1][len(args)-2:])[:4]; s = s or k
-        elif name == "avg_pool2d": k, s, p, d = (list(args[1:4]) + [[], 0][len(args)-2:])[:3] + [1]; s = s or k
-        elif name in _ALONE and out.shape[-2:] == r.size and self.even(name, args): return r
-        else: raise _NotLocal(name)
+        if any((i.stride, i.size) != (r.stride, r.size) for i in ins) or out.ndim != 4:
+            raise _NotLocal(name)
+        if name == "convolution" and not args[6]:
+            k, s, p, d = args[1].shape[2:], args[3], args[4], args[5]
+        elif name.startswith("max_pool2d"):
+            k, s, p, d = (list(args[1:]) + [[], 0, 1][len(args) - 2 :])[:4]
+            s = s or k
+        elif name == "avg_pool2d":
+            k, s, p, d = (list(args[1:4]) + [[], 0][len(args) - 2 :])[:3] + [1]
+            s = s or k
+        elif name in _ALONE and out.shape[-2:] == r.size and self.even(name, args):
+            return r
+        else:
+            raise _NotLocal(name)
         k, s, p, d = map(_shape, (k, s, p, d))
-        if any(u != v for u, v in (k, s, p, d)): raise _NotLocal(f"{name} with sides that differ")
+        if any(u != v for u, v in (k, s, p, d)):
+            raise _NotLocal(f"{name} with sides that differ")
         return r.then(k[0], s[0], p[0], d[0], out.shape[-2:])
 
     def even(self, name, args):
         "Does the operation treat every cell alike? Not if it normalises by the picture's own statistics, or adds something that has a place in the picture."
-        if "batch_norm" in name: return "no_training" in name or args[5] is False
-        return not any(torch.is_tensor(a) and id(a) not in self.of and max(a.shape[-2:], default=1) > 1 for a in tree_leaves(args))
+        if "batch_norm" in name:
+            return "no_training" in name or args[5] is False
+        return not any(
+            torch.is_tensor(a) and id(a) not in self.of and max(a.shape[-2:], default=1) > 1
+            for a in tree_leaves(args)
+        )
 
 # %% ../nbs/03a_reach.ipynb #1fe7ee7e
-def reaches(stages, # a network, (B,C,H,W) -> its taps (a tensor or a list), or a list of stages, each fed with the one before's last tap
-            size,   # (H, W) of the picture
-            dtype=torch.float32, # of the weights
-           device="cpu", # where they are
-           ): # list of `Reach`, one a tap, or for stages a list of such lists, in cells of the stage's own input; None if some cell may depend on everything
+def reaches(
+    stages,  # a network, (B,C,H,W) -> its taps (a tensor or a list), or a list of stages, each fed with the one before's last tap
+    size,  # (H, W) of the picture
+    dtype=torch.float32,  # of the weights
+    device="cpu",  # where they are
+):  # list of `Reach`, one a tap, or for stages a list of such lists, in cells of the stage's own input; None if some cell may depend on everything
     "What each tap of a network looks at. Costs no computation: the network runs on tensors without content. A number that a network computes from the picture's size is not seen."
     out, listed = [], isinstance(stages, list)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         x = torch.empty(1, 3, *size, dtype=dtype, device=device)
         try:
             for stage in stages if listed else [stages]:
-                with _Trace(x) as trace: taps = taps_of(stage(x))
-                out.append([trace.of[id(t)] for t in taps]); x = taps[-1]
-        except Exception: return None   # not local, or a network that cannot run without content: scripted, or one that looks at its numbers
+                with _Trace(x) as trace:
+                    taps = taps_of(stage(x))
+                out.append([trace.of[id(t)] for t in taps])
+                x = taps[-1]
+        except Exception:
+            return None  # not local, or a network that cannot run without content: scripted, or one that looks at its numbers
     return out if listed else out[0]
 
-def taps_of(out): # what a network returned
+
+def taps_of(out):  # what a network returned
     "Its taps as a list of (B,C,h,w). Raises TypeError for something else."
-    taps = [out] if torch.is_tensor(out) else list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, (list, tuple)) else None
-    if not taps or not all(torch.is_tensor(t) and t.ndim == 4 for t in taps): raise TypeError(f"a perceptual network must return its taps: (B,C,h,w), or a list or dict of them, not {type(out).__name__}" + (f" of {[tuple(t.shape) if torch.is_tensor(t) else type(t).__name__ for t in taps]}" if taps else ""))
+    taps = (
+        [out]
+        if torch.is_tensor(out)
+        else list(out.values())
+        if isinstance(out, dict)
+        else list(out)
+        if isinstance(out, (list, tuple))
+        else None
+    )
+    if not taps or not all(torch.is_tensor(t) and t.ndim == 4 for t in taps):
+        raise TypeError(
+            f"a perceptual network must return its taps: (B,C,h,w), or a list or dict of them, not {type(out).__name__}"
+            + (
+                f" of {[tuple(t.shape) if torch.is_tensor(t) else type(t).__name__ for t in taps]}"
+                if taps
+                else ""
+            )
+        )
     return taps
 
 # %% ../nbs/03a_reach.ipynb #c24f06fb
-def _hull(a, b): # ranges or None
+def _hull(a, b):  # ranges or None
     return b if a is None else a if b is None else (min(a[0], b[0]), max(a[1], b[1]))
 
-def windows(stages, # per stage, per tap: a `Reach` in cells of the stage's input; the last tap goes on to the next stage
-            wanted, # per stage, per tap: (start, stop) of the cells wanted along one side, or None
-            sizes,  # per stage: cells of its whole input along that side
-           ): # per stage (start, stop) of its input
+
+def windows(
+    stages,  # per stage, per tap: a `Reach` in cells of the stage's input; the last tap goes on to the next stage
+    wanted,  # per stage, per tap: (start, stop) of the cells wanted along one side, or None
+    sizes,  # per stage: cells of its whole input along that side
+):  # per stage (start, stop) of its input
     "What each stage must be given along one side of the picture so that the wanted cells are right."
     out, need = [], None
     for reach, want, n in list(zip(stages, wanted, sizes))[::-1]:
-        want = [*want[:-1], _hull(want[-1], need)]; need, step = None, max(r.stride for r in reach)
-        for r, w in zip(reach, want): need = _hull(need, w and r.sees(*w))
-        out.append(need := (max(0, need[0])//step*step, min(n, need[1])))
+        want = [*want[:-1], _hull(want[-1], need)]
+        need, step = None, max(r.stride for r in reach)
+        for r, w in zip(reach, want):
+            need = _hull(need, w and r.sees(*w))
+        out.append(need := (max(0, need[0]) // step * step, min(n, need[1])))
     return out[::-1]
 
 # %% ../nbs/03a_reach.ipynb #369745b9
-def run_windows(stages, # callables: a tensor -> its taps, a tensor or a list
-                reach,  # as for `windows`
-                rows, cols, # from `windows`, for the two sides
-                x,      # (B,C,h,w): the picture inside the first window
-               ): # yields (tap (B,C,h',w'), first row, first column) in the whole map's cells
+def run_windows(
+    stages,  # callables: a tensor -> its taps, a tensor or a list
+    reach,  # as for `windows`
+    rows,
+    cols,  # from `windows`, for the two sides
+    x,  # (B,C,h,w): the picture inside the first window
+):  # yields (tap (B,C,h',w'), first row, first column) in the whole map's cells
     "Run a network stage by stage, each on its window only."
     at = (rows[0][0], cols[0][0])
     for stage, rs, (y0, y1), (x0, x1) in zip(stages, reach, rows, cols):
-        taps = taps_of(stage(x[..., y0-at[0]:y1-at[0], x0-at[1]:x1-at[1]]))
-        yield from ((t, y0//r.stride, x0//r.stride) for t, r in zip(taps, rs))
-        x, at = taps[-1], (y0//rs[-1].stride, x0//rs[-1].stride)
+        taps = taps_of(stage(x[..., y0 - at[0] : y1 - at[0], x0 - at[1] : x1 - at[1]]))
+        yield from ((t, y0 // r.stride, x0 // r.stride) for t, r in zip(taps, rs))
+        x, at = taps[-1], (y0 // rs[-1].stride, x0 // rs[-1].stride)

@@ -6,101 +6,232 @@
 __all__ = ['LIBRARIES', 'PAPER', 'commit', 'provenance', 'command', 'run_settings', 'paper_row', 'table1', 'format_report']
 
 # %% ../nbs/06e_report.ipynb #4d3fb88d
-import os, platform, shlex, subprocess
+import os
+import platform
+import shlex
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+
 import torch
+
 from .people_metrics import BETTER
 
 # %% ../nbs/06e_report.ipynb #7f2a977f
-LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "lpips", "facenet-pytorch", "torchmetrics", "scipy", "numpy")
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "lpips",
+    "facenet-pytorch",
+    "torchmetrics",
+    "scipy",
+    "numpy",
+)
 
-def commit(folder=None): # of a repository; None: this package's
+
+def commit(folder=None):  # of a repository; None: this package's
     "Commit of a repository or of one of its worktrees, None where there is none."
-    folder = Path(folder or str(files("masked_ldm")/".."))
-    if not (folder/".git").exists(): return None
-    try: r = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
-    except OSError: return None   # no git
+    folder = Path(folder or str(files("masked_ldm") / ".."))
+    if not (folder / ".git").exists():
+        return None
+    try:
+        r = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return None  # no git
     return r.stdout.strip() or None
 
-def _version(name):
-    try: return version(name)
-    except PackageNotFoundError: return None
 
-def provenance(device="cpu"): # where it ran
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def provenance(device="cpu"):  # where it ran
     "dict: versions, python, machine, hardware, commit."
-    gpu = torch.cuda.get_device_name() if str(device).startswith("cuda") else f"CPU, {os.cpu_count()} cores"
-    return dict(versions={k: _version(k) for k in LIBRARIES}, python=platform.python_version(), machine=platform.machine(), hardware=gpu, threads=torch.get_num_threads(), commit=commit())
+    gpu = (
+        torch.cuda.get_device_name()
+        if str(device).startswith("cuda")
+        else f"CPU, {os.cpu_count()} cores"
+    )
+    return dict(
+        versions={k: _version(k) for k in LIBRARIES},
+        python=platform.python_version(),
+        machine=platform.machine(),
+        hardware=gpu,
+        threads=torch.get_num_threads(),
+        commit=commit(),
+    )
 
 # %% ../nbs/06e_report.ipynb #b6e66c2c
-def command(runs,        # run folders or Hub ids
-            **settings): # options of `masked-ldm-eval`, None for the default
+def command(
+    runs,  # run folders or Hub ids
+    **settings,
+):  # options of `masked-ldm-eval`, None for the default
     "The shell command that gives an evaluation."
-    return shlex.join(["masked-ldm-eval", *map(str, runs)] + [str(v) for k, x in settings.items() if x is not None for v in (f"--{k}", x)])
+    return shlex.join(
+        ["masked-ldm-eval", *map(str, runs)]
+        + [str(v) for k, x in settings.items() if x is not None for v in (f"--{k}", x)]
+    )
+
 
 _PLACES = ("out_dir", "cache_dir", "data_root", "resume", "report_to", "dataloader_num_workers")
 
-def run_settings(config): # a run's config.json
+
+def run_settings(config):  # a run's config.json
     "What made the run, without the places of its files."
     return {k: v for k, v in config.items() if k not in _PLACES and v is not None}
 
 # %% ../nbs/06e_report.ipynb #163bcdbb
-PAPER = {"baseline ControlNet": 63.95, "Stable Diffusion": 62.32, "Masked LDM, T=400": 63.34, "Masked LDM, T=100": 61.72}  # Table 1, FID
+PAPER = {
+    "baseline ControlNet": 63.95,
+    "Stable Diffusion": 62.32,
+    "Masked LDM, T=400": 63.34,
+    "Masked LDM, T=100": 61.72,
+}  # Table 1, FID
 
-def paper_row(config): # a run's config.json, or None for the base
+
+def paper_row(config):  # a run's config.json, or None for the base
     "The row of the paper's Table 1 that a model stands for, or None."
-    if config is None: return "Stable Diffusion"
-    if "T" not in config: return None
-    if not config["T"] or not (config["lambda1"] or config["lambda2"]): return "baseline ControlNet"
+    if config is None:
+        return "Stable Diffusion"
+    if "T" not in config:
+        return None
+    if not config["T"] or not (config["lambda1"] or config["lambda2"]):
+        return "baseline ControlNet"
     return f"Masked LDM, T={config['T']}" if f"Masked LDM, T={config['T']}" in PAPER else None
 
-def _otherwise(row, config): # what a run of the row does that the paper's did not
-    if not config or not str(row).startswith("Masked"): return ""
-    weights = "" if (config["lambda1"], config["lambda2"]) == (.1, .5) else f"lambda1 {config['lambda1']:g}, lambda2 {config['lambda2']:g}"
-    return ", ".join(s for s in (weights, "" if config.get("variant", "paper") == "paper" else config["variant"]) if s)
 
-def table1(r): # from `evaluate`
+def _otherwise(row, config):  # what a run of the row does that the paper's did not
+    if not config or not str(row).startswith("Masked"):
+        return ""
+    weights = (
+        ""
+        if (config["lambda1"], config["lambda2"]) == (0.1, 0.5)
+        else f"lambda1 {config['lambda1']:g}, lambda2 {config['lambda2']:g}"
+    )
+    return ", ".join(
+        s
+        for s in (weights, "" if config.get("variant", "paper") == "paper" else config["variant"])
+        if s
+    )
+
+
+def table1(r):  # from `evaluate`
     "Table 1 of the paper beside this evaluation; numbers of different features are not comparable, and the head says which they are."
-    whole, runs = r["distances"].get("whole", {}), r.get("runs", {}); say = lambda d: f"{d['distance']:12.2f}   {'[%.2f, %.2f]' % (d['low'], d['high']):22s}{d['n']:6d}"
-    out = [f"{'':22s}{'paper, FID':>11s}{'here':>12s}   {'95% interval':22s}{'N':>6s}   here: {r['judge']}"]
+    whole, runs = r["distances"].get("whole", {}), r.get("runs", {})
+
+    def say(d):
+        return f"{d['distance']:12.2f}   {'[%.2f, %.2f]' % (d['low'], d['high']):22s}{d['n']:6d}"
+
+    out = [
+        f"{'':22s}{'paper, FID':>11s}{'here':>12s}   {'95% interval':22s}{'N':>6s}   here: {r['judge']}"
+    ]
     for row, fid in PAPER.items():
         mine = [k for k, of in r["paper_rows"].items() if of == row and k in whole]
-        for j, k in enumerate(mine): out.append((f"{row:22s}{fid:11.2f}" if not j else " "*33) + say(whole[k]) + f"   {k}" + (f" ({o})" if (o := _otherwise(row, runs.get(k))) else ""))
-        if not mine: out.append(f"{row:22s}{fid:11.2f}{'-':>12s}")
-    return "\n".join(out + ([f"{'real pictures (floor)':22s}{'-':>11s}{say(whole['real'])}"] if "real" in whole else []))
+        for j, k in enumerate(mine):
+            out.append(
+                (f"{row:22s}{fid:11.2f}" if not j else " " * 33)
+                + say(whole[k])
+                + f"   {k}"
+                + (f" ({o})" if (o := _otherwise(row, runs.get(k))) else "")
+            )
+        if not mine:
+            out.append(f"{row:22s}{fid:11.2f}{'-':>12s}")
+    return "\n".join(
+        out
+        + (
+            [f"{'real pictures (floor)':22s}{'-':>11s}{say(whole['real'])}"]
+            if "real" in whole
+            else []
+        )
+    )
 
 # %% ../nbs/06e_report.ipynb #f82261e8
-def _mark(m): return f"{m} {({1: '↑', -1: '↓', 0: '='})[BETTER[m]]}"
+def _mark(m):
+    return f"{m} {({1: '↑', -1: '↓', 0: '='})[BETTER[m]]}"
 
-def _means(r): # each model's means and intervals
-    names, say = list(r["models"]), lambda d: "-" if d["mean"] is None else f"{d['mean']:.3f} [{d['low']:.3f}, {d['high']:.3f}]"
-    return [f"{'':18s}" + "".join(f"{k:>26s}" for k in names)] + [f"{_mark(m):18s}" + "".join(f"{say(r['models'][k][m]):>26s}" for k in names) for m in r["models"]["real"]]
 
-def _p(p): return "     -" if p is None else f"{p:6.3f}"
+def _means(r):  # each model's means and intervals
+    names, say = (
+        list(r["models"]),
+        lambda d: (
+            "-" if d["mean"] is None else f"{d['mean']:.3f} [{d['low']:.3f}, {d['high']:.3f}]"
+        ),
+    )
+    return [f"{'':18s}" + "".join(f"{k:>26s}" for k in names)] + [
+        f"{_mark(m):18s}" + "".join(f"{say(r['models'][k][m]):>26s}" for k in names)
+        for m in r["models"]["real"]
+    ]
 
-def _pairs(r): # paired differences
+
+def _p(p):
+    return "     -" if p is None else f"{p:6.3f}"
+
+
+def _pairs(r):  # paired differences
     out = []
     for pair, by in r["paired"].items():
-        out += ["", f"{pair}, same prompts and noise", f"{'':18s}{'difference':>11s}   {'95% interval':22s}{'p':>6s}  {'Holm':>6s}  {'could see':>9s}{'N':>6s}"]
+        out += [
+            "",
+            f"{pair}, same prompts and noise",
+            f"{'':18s}{'difference':>11s}   {'95% interval':22s}{'p':>6s}  {'Holm':>6s}  {'could see':>9s}{'N':>6s}",
+        ]
         for m, d in by.items():
-            if not d["n"]: out.append(f"{_mark(m):18s}{'-':>11s}"); continue
-            out.append(f"{_mark(m):18s}{d['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (d['difference_low'], d['difference_high']):22s}{_p(d['p'])}  {_p(d['p_holm'])}{'*' if d['p_holm'] < .05 else ' '}"
-                       f"{'%9.3f' % d['detectable'] if d['detectable'] else '        -'}{d['n']:6d}")
+            if not d["n"]:
+                out.append(f"{_mark(m):18s}{'-':>11s}")
+                continue
+            out.append(
+                f"{_mark(m):18s}{d['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (d['difference_low'], d['difference_high']):22s}{_p(d['p'])}  {_p(d['p_holm'])}{'*' if d['p_holm'] < 0.05 else ' '}"
+                f"{'%9.3f' % d['detectable'] if d['detectable'] else '        -'}{d['n']:6d}"
+            )
         for region, pairs in r["distance_pairs"].items():
-            if d := pairs.get(pair): out += [f"{name+region:18s}{v['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (v[a], v[b]):22s}{_p(v['p'])}" for name, v, a, b in (("Fréchet, ", d, "low", "high"), ("KID, ", d["kid"], "difference_low", "difference_high")) if v["difference"] is not None]
+            if d := pairs.get(pair):
+                out += [
+                    f"{name + region:18s}{v['difference']:+11.3f}   {'[%+.3f, %+.3f]' % (v[a], v[b]):22s}{_p(v['p'])}"
+                    for name, v, a, b in (
+                        ("Fréchet, ", d, "low", "high"),
+                        ("KID, ", d["kid"], "difference_low", "difference_high"),
+                    )
+                    if v["difference"] is not None
+                ]
     return out
 
 # %% ../nbs/06e_report.ipynb #884b7461
-def _distances(r): # a block a region
+def _distances(r):  # a block a region
     out = []
     for region, by in r["distances"].items():
-        ref = r["reference"].get(region); out += ["", f"{region}: {r['judge']}" + (f", reference of {ref['n']} pictures {ref['pictures'][:8]}" if ref else "")]
-        out += [f"  {k+(' (floor)' if k == 'real' else ''):20s}{d['distance']:10.3f}   {'[%.3f, %.3f]' % (d['low'], d['high']):22s}KID {d['kid']:8.3f} {'[%.3f, %.3f]' % (d['kid_low'], d['kid_high']):18s}N {d['n']}" for k, d in by.items()]
+        ref = r["reference"].get(region)
+        out += [
+            "",
+            f"{region}: {r['judge']}"
+            + (f", reference of {ref['n']} pictures {ref['pictures'][:8]}" if ref else ""),
+        ]
+        out += [
+            f"  {k + (' (floor)' if k == 'real' else ''):20s}{d['distance']:10.3f}   {'[%.3f, %.3f]' % (d['low'], d['high']):22s}KID {d['kid']:8.3f} {'[%.3f, %.3f]' % (d['kid_low'], d['kid_high']):18s}N {d['n']}"
+            for k, d in by.items()
+        ]
     return out
 
-def format_report(r): # from `evaluate`
+
+def format_report(r):  # from `evaluate`
     "The tables as text."
-    s = r["settings"]; head = [f"{r['n']} held-out prompts, {s['scheduler']} {s['steps']} steps, guidance {s['guidance']:g}, seed {r['seed']}; reference: {r['reference_is']}"]
-    foot = ["", "Intervals and p are over prompts. Each model is one training run: another seed of training is not in them.", "judged by: " + "; ".join(f"{k}: {v}" for k, v in r["judges"].items()), f"resize before distances: {r['resize']}"] + [f"not available: {s}" for s in r["notes"]]
+    s = r["settings"]
+    head = [
+        f"{r['n']} held-out prompts, {s['scheduler']} {s['steps']} steps, guidance {s['guidance']:g}, seed {r['seed']}; reference: {r['reference_is']}"
+    ]
+    foot = [
+        "",
+        "Intervals and p are over prompts. Each model is one training run: another seed of training is not in them.",
+        "judged by: " + "; ".join(f"{k}: {v}" for k, v in r["judges"].items()),
+        f"resize before distances: {r['resize']}",
+    ] + [f"not available: {s}" for s in r["notes"]]
     return "\n".join(head + _means(r) + _pairs(r) + _distances(r) + foot)

@@ -7,103 +7,204 @@ __all__ = ['SPACE', 'SCHEDULERS', 'PROMPTS', 'find_run', 'MaskedLDMPipeline', 's
            'picture_set', 'load_models', 'main']
 
 # %% ../nbs/07_sample.ipynb #5ac10073
-import argparse, base64, hashlib, html, io, json, os
+import argparse
+import base64
+import hashlib
+import html
+import io
+import json
+import os
 from pathlib import Path
+
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from fastcore.basics import patch
+
 from .models import BASES, ControlledUNet, load_base, load_branch
 from .show import picture_grid, progress
 
 # %% ../nbs/07_sample.ipynb #8e1b06d8
-def find_run(path): # run folder, or Hub id of one
+def find_run(path):  # run folder, or Hub id of one
     "The local folder of a run. Raises FileNotFoundError that names what is missing."
-    if (Path(path)/"config.json").is_file() or Path(path).exists() or str(path).count("/") != 1: folder = Path(path)
+    if (Path(path) / "config.json").is_file() or Path(path).exists() or str(path).count("/") != 1:
+        folder = Path(path)
     else:
         from huggingface_hub import snapshot_download
-        try: folder = Path(snapshot_download(str(path), allow_patterns=["config.json", "controlnet/*"]))
-        except Exception as e: raise FileNotFoundError(f"{path}/config.json is missing: no run folder is there, and no run of this name could be fetched from the Hub ({type(e).__name__})") from None
-    if not (folder/"config.json").is_file(): raise FileNotFoundError(f"{folder}/config.json is missing: a run folder, as written by a training run, is needed")
+
+        try:
+            folder = Path(
+                snapshot_download(str(path), allow_patterns=["config.json", "controlnet/*"])
+            )
+        except Exception as e:
+            raise FileNotFoundError(
+                f"{path}/config.json is missing: no run folder is there, and no run of this name could be fetched from the Hub ({type(e).__name__})"
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}/config.json is missing: a run folder, as written by a training run, is needed"
+        )
     return folder
+
 
 class MaskedLDMPipeline(StableDiffusionPipeline):
     "A `StableDiffusionPipeline` whose UNet carries a hint-free branch; `strength` turns the branch from 0 (the base) to 1."
+
     @classmethod
-    def from_parts(cls, base,     # `Base`
-                   branch=None,   # `ControlNetModel`, or None for the base alone
-                   strength=1.):  # of the branch
+    def from_parts(
+        cls,
+        base,  # `Base`
+        branch=None,  # `ControlNetModel`, or None for the base alone
+        strength=1.0,
+    ):  # of the branch
         "A pipeline of loaded parts."
         unet = base.unet if branch is None else ControlledUNet(base.unet, branch, strength)
-        pipe = cls(vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer, unet=unet, scheduler=DDIMScheduler.from_config(base.scheduler.config, set_alpha_to_one=False),
-                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True); pipe.base_path = base.path
+        pipe = cls(
+            vae=base.vae,
+            text_encoder=base.text_encoder,
+            tokenizer=base.tokenizer,
+            unet=unet,
+            scheduler=DDIMScheduler.from_config(base.scheduler.config, set_alpha_to_one=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.base_path = base.path
         return pipe
 
     @classmethod
-    def from_run(cls, path,              # run folder, or Hub id of one
-                 strength=1.,            # of the branch
-                 device="cpu", dtype=torch.float32):
+    def from_run(
+        cls,
+        path,  # run folder, or Hub id of one
+        strength=1.0,  # of the branch
+        device="cpu",
+        dtype=torch.float32,
+    ):
         "The pipeline of a finished run. Raises FileNotFoundError that names what is missing."
-        folder = find_run(path); base = load_base(json.loads((folder/"config.json").read_text())["base"], device, dtype)
-        return cls.from_parts(base, load_branch(folder/"controlnet", device, dtype).eval(), strength)
+        folder = find_run(path)
+        base = load_base(json.loads((folder / "config.json").read_text())["base"], device, dtype)
+        return cls.from_parts(
+            base, load_branch(folder / "controlnet", device, dtype).eval(), strength
+        )
 
 # %% ../nbs/07_sample.ipynb #a36e6b69
 @patch(cls_method=True)
-def from_pretrained(cls:MaskedLDMPipeline, path, # run folder, base folder, "tiny" or "sd15", or Hub id of either
-                    strength=1.,                 # of the branch, if there is one
-                    device="cpu", torch_dtype=torch.float32):
+def from_pretrained(
+    cls: MaskedLDMPipeline,
+    path,  # run folder, base folder, "tiny" or "sd15", or Hub id of either
+    strength=1.0,  # of the branch, if there is one
+    device="cpu",
+    torch_dtype=torch.float32,
+):
     "The pipeline of a run, or of a base alone. Raises what `from_run` and `load_base` raise."
-    folder = Path(path); alone = str(path) in BASES or (folder/"model_index.json").is_file()
+    folder = Path(path)
+    alone = str(path) in BASES or (folder / "model_index.json").is_file()
     if not alone and not folder.exists():
-        try: return cls.from_run(path, strength, device, torch_dtype)
-        except FileNotFoundError: alone = True   # on the Hub a base has no config.json
-    return cls.from_parts(load_base(path, device, torch_dtype)) if alone else cls.from_run(folder, strength, device, torch_dtype)
+        try:
+            return cls.from_run(path, strength, device, torch_dtype)
+        except FileNotFoundError:
+            alone = True  # on the Hub a base has no config.json
+    return (
+        cls.from_parts(load_base(path, device, torch_dtype))
+        if alone
+        else cls.from_run(folder, strength, device, torch_dtype)
+    )
+
 
 @patch
-def save_pretrained(self:MaskedLDMPipeline, path): # folder
+def save_pretrained(self: MaskedLDMPipeline, path):  # folder
     "Write what `from_pretrained` reads: the branch, and the name of its base. Raises ValueError without a branch."
-    if not hasattr(self.unet, "branch"): raise ValueError("this pipeline is the base alone: there is no branch to save")
-    self.unet.branch.save_pretrained(Path(path)/"controlnet"); (Path(path)/"config.json").write_text(json.dumps(dict(base=self.base_path), indent=1))
+    if not hasattr(self.unet, "branch"):
+        raise ValueError("this pipeline is the base alone: there is no branch to save")
+    self.unet.branch.save_pretrained(Path(path) / "controlnet")
+    (Path(path) / "config.json").write_text(json.dumps(dict(base=self.base_path), indent=1))
+
 
 @patch(as_prop=True)
-def strength(self:MaskedLDMPipeline): return getattr(self.unet, "strength", 0.)
+def strength(self: MaskedLDMPipeline):
+    return getattr(self.unet, "strength", 0.0)
+
+
 @patch(set_prop=True)
-def strength(self:MaskedLDMPipeline, value): self.unet.strength = value
+def strength(self: MaskedLDMPipeline, value):
+    self.unet.strength = value
 
 # %% ../nbs/07_sample.ipynb #507fd442
 SPACE = dict(timestep_spacing="trailing")
-SCHEDULERS = dict(ddim=(DDIMScheduler, {}), dpm=(DPMSolverMultistepScheduler, SPACE), unipc=(UniPCMultistepScheduler, SPACE)) # class and settings
+SCHEDULERS = dict(
+    ddim=(DDIMScheduler, {}),
+    dpm=(DPMSolverMultistepScheduler, SPACE),
+    unipc=(UniPCMultistepScheduler, SPACE),
+)  # class and settings
+
 
 @torch.no_grad()
-def sample(pipe,             # `MaskedLDMPipeline`, or any `StableDiffusionPipeline`
-           prompts,          # list of texts
-           seed=0,           # of the noise: picture i starts from noise (seed, i), whatever the model
-           steps=50,         # of the sampler; the paper: DDIM, 50
-           guidance=9.,      # classifier-free guidance scale; the paper: 9
-           scheduler="ddim", # a key of `SCHEDULERS`
-           size=None,        # side, pixels; None: what the UNet was trained for
-           batch_size=None,  # pictures a pass; None: 1 above 128 pixels, else 64
-           first=0,          # number of the first prompt, for its noise
-          ): # list of PIL images
+def sample(
+    pipe,  # `MaskedLDMPipeline`, or any `StableDiffusionPipeline`
+    prompts,  # list of texts
+    seed=0,  # of the noise: picture i starts from noise (seed, i), whatever the model
+    steps=50,  # of the sampler; the paper: DDIM, 50
+    guidance=9.0,  # classifier-free guidance scale; the paper: 9
+    scheduler="ddim",  # a key of `SCHEDULERS`
+    size=None,  # side, pixels; None: what the UNet was trained for
+    batch_size=None,  # pictures a pass; None: 1 above 128 pixels, else 64
+    first=0,  # number of the first prompt, for its noise
+):  # list of PIL images
     "Pictures for prompts, reproducible by seed."
-    if scheduler not in SCHEDULERS: raise ValueError(f"scheduler {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
-    size, old, prompts = size or pipe.unet.config.sample_size*pipe.vae_scale_factor, pipe.scheduler, list(prompts); batch_size = batch_size or (1 if size > 128 else 64)
-    kind, given = SCHEDULERS[scheduler]; pipe.scheduler = kind.from_config(old.config, **given)
-    noise = lambda i: torch.Generator().manual_seed(1_000_003*seed + first + i); parts = [range(i, min(i+batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
-    try: return [im for part in parts for im in pipe([prompts[i] for i in part], num_inference_steps=steps, guidance_scale=guidance, height=size, width=size, generator=[noise(i) for i in part]).images]
-    finally: pipe.scheduler = old
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+    size, old, prompts = (
+        size or pipe.unet.config.sample_size * pipe.vae_scale_factor,
+        pipe.scheduler,
+        list(prompts),
+    )
+    batch_size = batch_size or (1 if size > 128 else 64)
+    kind, given = SCHEDULERS[scheduler]
+    pipe.scheduler = kind.from_config(old.config, **given)
+
+    def noise(i):
+        return torch.Generator().manual_seed(1_000_003 * seed + first + i)
+
+    parts = [
+        range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)
+    ]
+    try:
+        return [
+            im
+            for part in parts
+            for im in pipe(
+                [prompts[i] for i in part],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=size,
+                width=size,
+                generator=[noise(i) for i in part],
+            ).images
+        ]
+    finally:
+        pipe.scheduler = old
 
 # %% ../nbs/07_sample.ipynb #8b93e129
-PROMPTS = ("A man facing the camera with a smile on his face.", "A woman facing the camera with a smile on her face.",
-           "An old man facing the camera with a smile on his face.", "A baby facing the camera with a smile on his face.")  # Fig. 5
+PROMPTS = (
+    "A man facing the camera with a smile on his face.",
+    "A woman facing the camera with a smile on her face.",
+    "An old man facing the camera with a smile on his face.",
+    "A baby facing the camera with a smile on his face.",
+)  # Fig. 5
 
 # %% ../nbs/07_sample.ipynb #40cd144e
-def compare_grid(models,       # {row name: pipeline}
-                 prompts=PROMPTS, # one column each
-                 seed=0,       # of the noise, shared by the rows
-                 scale=None,   # enlarge by this; None: 2 up to 128 pixels, else 1
-                 **kw,         # for `sample`
-                ): # PIL image
+def compare_grid(
+    models,  # {row name: pipeline}
+    prompts=PROMPTS,  # one column each
+    seed=0,  # of the noise, shared by the rows
+    scale=None,  # enlarge by this; None: 2 up to 128 pixels, else 1
+    **kw,  # for `sample`
+):  # PIL image
     "The same prompts and noise through several models."
     rows = [sample(p, prompts, seed, **kw) for p in models.values()]
     return picture_grid(rows, list(models), prompts, scale or (2 if rows[0][0].width <= 128 else 1))
@@ -111,79 +212,171 @@ def compare_grid(models,       # {row name: pipeline}
 # %% ../nbs/07_sample.ipynb #4d05f2b2
 class before_after:
     "Two pictures on one spot, with a slider between them; shown as HTML, or as the two side by side where there is no HTML."
-    def __init__(self, before, after, # PIL images of one size
-                 titles=("base", "ours"), # left and right of the slider
-                 width=256):              # on the page, pixels
-        if before.size != after.size: raise ValueError(f"pictures of {before.size} and {after.size} pixels cannot lie on one spot")
+
+    def __init__(
+        self,
+        before,
+        after,  # PIL images of one size
+        titles=("base", "ours"),  # left and right of the slider
+        width=256,
+    ):  # on the page, pixels
+        if before.size != after.size:
+            raise ValueError(
+                f"pictures of {before.size} and {after.size} pixels cannot lie on one spot"
+            )
         self.pair, self.titles, self.width = (before, after), titles, width
 
     def _repr_html_(self):
-        def url(im): b = io.BytesIO(); im.convert("RGB").save(b, "PNG"); return "data:image/png;base64," + base64.b64encode(b.getvalue()).decode()
-        a, b = map(url, self.pair); w, h = self.width, round(self.width*self.pair[0].height/self.pair[0].width); ta, tb = map(html.escape, self.titles)
+        def url(im):
+            b = io.BytesIO()
+            im.convert("RGB").save(b, "PNG")
+            return "data:image/png;base64," + base64.b64encode(b.getvalue()).decode()
+
+        a, b = map(url, self.pair)
+        w, h = self.width, round(self.width * self.pair[0].height / self.pair[0].width)
+        ta, tb = map(html.escape, self.titles)
         img = f"position:absolute;left:0;top:0;margin:0;width:{w}px;height:{h}px;max-width:none;image-rendering:{'pixelated' if self.pair[0].width < self.width else 'auto'}"
-        return (f'<div style="width:{w}px;font:13px sans-serif"><div style="position:relative;width:{w}px;height:{h}px"><img alt="{tb}" src="{b}" style="{img}">'
-                f'<img alt="{ta}" src="{a}" style="{img};clip-path:inset(0 50% 0 0)"></div><input type="range" aria-label="{ta} or {tb}" value="50" style="width:100%;margin:4px 0" '
-                'oninput="this.previousElementSibling.lastElementChild.style.clipPath=`inset(0 ${100-this.value}% 0 0)`">'
-                f'<div style="display:flex;justify-content:space-between"><span>{ta}</span><span>{tb}</span></div></div>')
-    def __repr__(self): return f"{self.titles[0]} | {self.titles[1]}"
+        return (
+            f'<div style="width:{w}px;font:13px sans-serif"><div style="position:relative;width:{w}px;height:{h}px"><img alt="{tb}" src="{b}" style="{img}">'
+            f'<img alt="{ta}" src="{a}" style="{img};clip-path:inset(0 50% 0 0)"></div><input type="range" aria-label="{ta} or {tb}" value="50" style="width:100%;margin:4px 0" '
+            'oninput="this.previousElementSibling.lastElementChild.style.clipPath=`inset(0 ${100-this.value}% 0 0)`">'
+            f'<div style="display:flex;justify-content:space-between"><span>{ta}</span><span>{tb}</span></div></div>'
+        )
+
+    def __repr__(self):
+        return f"{self.titles[0]} | {self.titles[1]}"
 
 # %% ../nbs/07_sample.ipynb #7a4eb9c2
-def _key(pipe): # what a model's pictures depend on
+def _key(pipe):  # what a model's pictures depend on
     h = hashlib.sha256()
     for m in (pipe.unet, pipe.vae, pipe.text_encoder):
-        for k, v in m.state_dict().items(): h.update(k.encode() + v.detach().float().cpu().contiguous().numpy().tobytes())
+        for k, v in m.state_dict().items():
+            h.update(k.encode() + v.detach().float().cpu().contiguous().numpy().tobytes())
     return f"{h.hexdigest()[:16]}*{getattr(pipe.unet, 'strength', 0):g}"
 
-def picture_set(models,     # {name: pipeline}
-                prompts,    # texts
-                folder,     # where it goes
-                seed=0,     # of the noise, shared by the models
-                **kw):      # for `sample`: steps, guidance, scheduler, size
+
+def picture_set(
+    models,  # {name: pipeline}
+    prompts,  # texts
+    folder,  # where it goes
+    seed=0,  # of the noise, shared by the models
+    **kw,
+):  # for `sample`: steps, guidance, scheduler, size
     "Draw all prompts with all models; returns {name: [path]}. Raises ValueError if the folder holds another set."
-    folder, prompts = Path(folder), list(prompts); (folder/"pictures").mkdir(parents=True, exist_ok=True); side = next(iter(models.values())); chunk = kw.pop("batch_size", None) or (1 if (kw.get("size") or side.unet.config.sample_size*side.vae_scale_factor) > 128 else 64)
-    about = dict(models={n: _key(p) for n, p in models.items()}, prompts=prompts, seed=seed, settings={k: v for k, v in kw.items() if v is not None}); note = folder/"set.json"
+    folder, prompts = Path(folder), list(prompts)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    side = next(iter(models.values()))
+    chunk = kw.pop("batch_size", None) or (
+        1 if (kw.get("size") or side.unet.config.sample_size * side.vae_scale_factor) > 128 else 64
+    )
+    about = dict(
+        models={n: _key(p) for n, p in models.items()},
+        prompts=prompts,
+        seed=seed,
+        settings={k: v for k, v in kw.items() if v is not None},
+    )
+    note = folder / "set.json"
     if note.is_file() and (have := json.loads(note.read_text())) != about:
-        raise ValueError(f"{folder} holds pictures drawn otherwise ({', '.join(k for k in about if have.get(k) != about[k])} differ): name another folder")
-    _write(note, json.dumps(about, indent=1).encode()); files = {n: [folder/"pictures"/f"{k}_{i:05d}.png" for i in range(len(prompts))] for k, n in enumerate(models)}
+        raise ValueError(
+            f"{folder} holds pictures drawn otherwise ({', '.join(k for k in about if have.get(k) != about[k])} differ): name another folder"
+        )
+    _write(note, json.dumps(about, indent=1).encode())
+    files = {
+        n: [folder / "pictures" / f"{k}_{i:05d}.png" for i in range(len(prompts))]
+        for k, n in enumerate(models)
+    }
     for n, pipe in models.items():
         for i in progress(range(0, len(prompts), chunk), n):
-            if all(p.is_file() for p in files[n][i:i+chunk]): continue
-            for p, im in zip(files[n][i:i+chunk], sample(pipe, prompts[i:i+chunk], seed, first=i, batch_size=chunk, **kw)): b = io.BytesIO(); im.save(b, "PNG"); _write(p, b.getvalue())
+            if all(p.is_file() for p in files[n][i : i + chunk]):
+                continue
+            for p, im in zip(
+                files[n][i : i + chunk],
+                sample(pipe, prompts[i : i + chunk], seed, first=i, batch_size=chunk, **kw),
+            ):
+                b = io.BytesIO()
+                im.save(b, "PNG")
+                _write(p, b.getvalue())
     return files
 
-def _write(path, body): # whole or not at all
-    tmp = path.with_name(f".{path.name}.{os.getpid()}"); tmp.write_bytes(body); os.replace(tmp, path)
+
+def _write(path, body):  # whole or not at all
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    tmp.write_bytes(body)
+    os.replace(tmp, path)
 
 # %% ../nbs/07_sample.ipynb #a808f3f3
 def _base_of(folder):
     "The base that a run names, or ValueError."
-    try: return str(json.loads((folder/"config.json").read_text())["base"])
-    except (KeyError, TypeError, ValueError): raise ValueError(f"{folder/'config.json'} is no run's configuration: it names no base") from None
+    try:
+        return str(json.loads((folder / "config.json").read_text())["base"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{folder / 'config.json'} is no run's configuration: it names no base"
+        ) from None
 
-def load_models(runs,          # run folders or Hub ids
-                strength=1.,   # of the branches
-                device=None,   # a GPU if there is one
-               ): # {"base": pipeline, name of a run's folder: pipeline, ...}
+
+def load_models(
+    runs,  # run folders or Hub ids
+    strength=1.0,  # of the branches
+    device=None,  # a GPU if there is one
+):  # {"base": pipeline, name of a run's folder: pipeline, ...}
     "The base and the runs that share it. Raises FileNotFoundError, or ValueError for runs of different bases."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu"); folders = [find_run(r) for r in runs]; bases = [_base_of(f) for f in folders]
-    if len(set(bases)) > 1: raise ValueError(f"the runs have different bases, {' and '.join(sorted(set(bases)))}: only runs of one base can be compared")
-    base = load_base(bases[0], device); out = dict(base=MaskedLDMPipeline.from_parts(base))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folders = [find_run(r) for r in runs]
+    bases = [_base_of(f) for f in folders]
+    if len(set(bases)) > 1:
+        raise ValueError(
+            f"the runs have different bases, {' and '.join(sorted(set(bases)))}: only runs of one base can be compared"
+        )
+    base = load_base(bases[0], device)
+    out = dict(base=MaskedLDMPipeline.from_parts(base))
     for r, f in zip(runs, folders):
-        name = Path(str(r).rstrip("/")).name; out[name if name not in out else str(r)] = MaskedLDMPipeline.from_parts(base, load_branch(f/"controlnet", device).eval(), strength)
-    if len(out) != len(folders)+1: raise ValueError(f"a run is named twice: {', '.join(map(str, runs))}")
+        name = Path(str(r).rstrip("/")).name
+        out[name if name not in out else str(r)] = MaskedLDMPipeline.from_parts(
+            base, load_branch(f / "controlnet", device).eval(), strength
+        )
+    if len(out) != len(folders) + 1:
+        raise ValueError(f"a run is named twice: {', '.join(map(str, runs))}")
     return out
 
-def main(argv=None): # command line; None: sys.argv
+
+def main(argv=None):  # command line; None: sys.argv
     "Pictures of runs beside their base, from the same noise."
-    ap = argparse.ArgumentParser(prog="masked-ldm-sample", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("runs", nargs="+", help="run folders or Hub ids"); ap.add_argument("--prompt", action="append", help="may be given several times; the paper's four if never")
-    for name, default, text in (("seed", 0, "of the noise"), ("steps", 50, "of the sampler"), ("guidance", 9., "guidance scale"), ("strength", 1., "of the branch")): ap.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    ap.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler"); ap.add_argument("--out", default="grid.png", help="picture to write"); args = ap.parse_args(argv)
+    ap = argparse.ArgumentParser(
+        prog="masked-ldm-sample",
+        description=main.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    ap.add_argument("runs", nargs="+", help="run folders or Hub ids")
+    ap.add_argument(
+        "--prompt", action="append", help="may be given several times; the paper's four if never"
+    )
+    for name, default, text in (
+        ("seed", 0, "of the noise"),
+        ("steps", 50, "of the sampler"),
+        ("guidance", 9.0, "guidance scale"),
+        ("strength", 1.0, "of the branch"),
+    ):
+        ap.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    ap.add_argument("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler")
+    ap.add_argument("--out", default="grid.png", help="picture to write")
+    args = ap.parse_args(argv)
     try:
-        if not 1 <= args.steps <= 1000: raise ValueError(f"--steps must be 1 to 1000, not {args.steps}")
-        if not 0 <= args.seed < 2**32: raise ValueError(f"--seed must be 0 to {2**32-1}, not {args.seed}")
+        if not 1 <= args.steps <= 1000:
+            raise ValueError(f"--steps must be 1 to 1000, not {args.steps}")
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"--seed must be 0 to {2**32 - 1}, not {args.seed}")
         out = Path(args.out)
-        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir(): raise ValueError(f"--out {out} must be a .png, .jpg or .webp in a folder that exists")
-        compare_grid(load_models(args.runs, args.strength), args.prompt or PROMPTS, args.seed, steps=args.steps, guidance=args.guidance, scheduler=args.scheduler).save(out)
-    except (OSError, ValueError) as e: raise SystemExit(f"masked-ldm-sample: {e}")
+        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir():
+            raise ValueError(f"--out {out} must be a .png, .jpg or .webp in a folder that exists")
+        compare_grid(
+            load_models(args.runs, args.strength),
+            args.prompt or PROMPTS,
+            args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            scheduler=args.scheduler,
+        ).save(out)
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"masked-ldm-sample: {e}")
     print(out)

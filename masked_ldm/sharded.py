@@ -6,65 +6,126 @@
 __all__ = ['sharding', 'Whole']
 
 # %% ../nbs/05g_sharded.ipynb #5cde462a
-import os, torch
+import os
+
+import torch
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import distribute_tensor
+
 from .config import ConfigError
 from .speed import make_optimizer
 
 # %% ../nbs/05g_sharded.ipynb #ca33cff4
-def sharding(config,    # `TrainConfig`
-             asked=None, # environment, as accelerate sets it; None: the process's
-            ): # is the branch to be cut?
+def sharding(
+    config,  # `TrainConfig`
+    asked=None,  # environment, as accelerate sets it; None: the process's
+):  # is the branch to be cut?
     "Does accelerate's config ask for FSDP? Raises ConfigError for what a run cannot be cut by, or with."
-    asked = os.environ if asked is None else asked; on = lambda k: asked.get(f"ACCELERATE_USE_{k}", "").lower() in ("1", "true")
+    asked = os.environ if asked is None else asked
+
+    def on(k):
+        return asked.get(f"ACCELERATE_USE_{k}", "").lower() in ("1", "true")
+
     for k in ("DEEPSPEED", "MEGATRON_LM"):
-        if on(k): raise ConfigError(f"{k} keeps trained weights in a form of its own, which checkpoints here do not hold: choose multi-GPU or FSDP in accelerate config")
-    if not on("FSDP"): return False
-    if asked.get("FSDP_VERSION", "1") != "2": raise ConfigError("FSDP of version 1 lays weights end to end, which checkpoints here do not hold: set fsdp_version: 2 in accelerate config")
+        if on(k):
+            raise ConfigError(
+                f"{k} keeps trained weights in a form of its own, which checkpoints here do not hold: choose multi-GPU or FSDP in accelerate config"
+            )
+    if not on("FSDP"):
+        return False
+    if asked.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(
+            "FSDP of version 1 lays weights end to end, which checkpoints here do not hold: set fsdp_version: 2 in accelerate config"
+        )
     for k in ("use_8bit_adam", "channels_last", "torch_compile"):
-        if getattr(config, k): raise ConfigError(f"{k} does not go with FSDP, which cuts each weight along its first side: leave one of them off")
+        if getattr(config, k):
+            raise ConfigError(
+                f"{k} does not go with FSDP, which cuts each weight along its first side: leave one of them off"
+            )
     return True
 
 # %% ../nbs/05g_sharded.ipynb #17c65ad7
 _ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
+
 class Whole:
     "Plain twins of a branch that is cut, of its optimiser and of its average."
-    def __init__(self, branch, # a copy of it, before it is cut, on the CPU
-                 config):      # `TrainConfig`
-        self.branch = branch; weights = [p for p in branch.parameters() if p.requires_grad]; self.names = [n for n, p in branch.named_parameters() if p.requires_grad]
-        self.optimizer, self.ema = make_optimizer(weights, config), EMAModel(weights, decay=config.ema_decay) if config.use_ema else None
+
+    def __init__(
+        self,
+        branch,  # a copy of it, before it is cut, on the CPU
+        config,
+    ):  # `TrainConfig`
+        self.branch = branch
+        weights = [p for p in branch.parameters() if p.requires_grad]
+        self.names = [n for n, p in branch.named_parameters() if p.requires_grad]
+        self.optimizer, self.ema = (
+            make_optimizer(weights, config),
+            EMAModel(weights, decay=config.ema_decay) if config.use_ema else None,
+        )
 
 # %% ../nbs/05g_sharded.ipynb #e0cf93a1
-def _own(state): return {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()}   # a single process gets its pieces themselves
+def _own(state):
+    return {
+        k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()
+    }  # a single process gets its pieces themselves
+
 
 @patch
-def gather(self:Whole, branch, # the one in pieces
-           optimizer,          # its optimiser
-           ema=None,           # its `EMAModel`
-           keep=True):         # does this process need them? Only the first gets them
+def gather(
+    self: Whole,
+    branch,  # the one in pieces
+    optimizer,  # its optimiser
+    ema=None,  # its `EMAModel`
+    keep=True,
+):  # does this process need them? Only the first gets them
     "Fill the twins from the pieces."
     weights = get_model_state_dict(branch, options=_ALL)
     state = get_optimizer_state_dict(branch, optimizer, options=_ALL) if optimizer.state else None
     average = [v.full_tensor().cpu().clone() for v in ema.shadow_params] if ema else []
-    if not keep: return
-    self.branch.load_state_dict(weights); numbers = list(range(len(self.names)))
+    if not keep:
+        return
+    self.branch.load_state_dict(weights)
+    numbers = list(range(len(self.names)))
     if state:
         groups = [dict(g, params=numbers) for g in state["param_groups"]]
-        self.optimizer.load_state_dict(dict(state={i: _own(state["state"][n]) for i, n in enumerate(self.names)}, param_groups=groups))
-    if ema: self.ema.shadow_params, self.ema.optimization_step = average, ema.optimization_step
+        self.optimizer.load_state_dict(
+            dict(
+                state={i: _own(state["state"][n]) for i, n in enumerate(self.names)},
+                param_groups=groups,
+            )
+        )
+    if ema:
+        self.ema.shadow_params, self.ema.optimization_step = average, ema.optimization_step
 
 # %% ../nbs/05g_sharded.ipynb #922d7691
 @patch
-def scatter(self:Whole, branch, optimizer, ema=None): # as for `gather`
+def scatter(self: Whole, branch, optimizer, ema=None):  # as for `gather`
     "Put the twins, which are the same in every process, into the pieces."
-    set_model_state_dict(branch, self.branch.state_dict(), options=_ALL); state = self.optimizer.state_dict()
+    set_model_state_dict(branch, self.branch.state_dict(), options=_ALL)
+    state = self.optimizer.state_dict()
     if state["state"]:
         groups = [dict(g, params=self.names) for g in state["param_groups"]]
-        set_optimizer_state_dict(branch, optimizer, dict(state={self.names[i]: _own(v) for i, v in state["state"].items()}, param_groups=groups), options=_ALL)
+        set_optimizer_state_dict(
+            branch,
+            optimizer,
+            dict(
+                state={self.names[i]: _own(v) for i, v in state["state"].items()},
+                param_groups=groups,
+            ),
+            options=_ALL,
+        )
     if ema:
-        pieces = [distribute_tensor(v.to(p.device, copy=True), p.device_mesh, p.placements) for v, p in zip(self.ema.shadow_params, ema.shadow_params)]
+        pieces = [
+            distribute_tensor(v.to(p.device, copy=True), p.device_mesh, p.placements)
+            for v, p in zip(self.ema.shadow_params, ema.shadow_params)
+        ]
         ema.shadow_params, ema.optimization_step = pieces, self.ema.optimization_step

@@ -6,43 +6,65 @@
 __all__ = ['as_pil', 'picture_grid', 'progress']
 
 # %% ../nbs/09b_show.ipynb #77aefe27
-import os, sys, textwrap
+import os
+import sys
+import textwrap
+
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 
 # %% ../nbs/09b_show.ipynb #8a558778
-def as_pil(x,  # (3,H,W) RGB or (1,H,W) mask, floats in [-1,1] or (for a mask) [0,1]; a PIL image passes
-          ): # PIL image
+def as_pil(
+    x,  # (3,H,W) RGB or (1,H,W) mask, floats in [-1,1] or (for a mask) [0,1]; a PIL image passes
+):  # PIL image
     "A tensor as a picture; values outside the range are clamped here, for the eye only."
-    if isinstance(x, Image.Image): return x.convert("RGB")
+    if isinstance(x, Image.Image):
+        return x.convert("RGB")
     x = x.detach().float().cpu()
-    return to_pil_image((x if x.shape[0] == 1 else (x+1)/2).clamp(0, 1)).convert("RGB")
+    return to_pil_image((x if x.shape[0] == 1 else (x + 1) / 2).clamp(0, 1)).convert("RGB")
 
 # %% ../nbs/09b_show.ipynb #59cfbb7f
-def picture_grid(rows,        # list of rows, each a (N,C,H,W) tensor or a list of pictures
-                 titles=(),   # a name for each row
-                 heads=(),    # a text above each column, wrapped to fit
-                 scale=1,     # enlarge each picture by this whole number, without smoothing
-                 pad=3,       # pixels between pictures
-                ): # PIL image
+def picture_grid(
+    rows,  # list of rows, each a (N,C,H,W) tensor or a list of pictures
+    titles=(),  # a name for each row
+    heads=(),  # a text above each column, wrapped to fit
+    scale=1,  # enlarge each picture by this whole number, without smoothing
+    pad=3,  # pixels between pictures
+):  # PIL image
     "Rows of pictures under one another."
-    rows = [[as_pil(p) for p in row] for row in rows]; w, h = (s*scale for s in rows[0][0].size); n = max(map(len, rows))
-    small, left = ImageFont.load_default(11), 0 if not titles else 12 + max(round(ImageFont.load_default(11).getlength(t)) for t in titles)
-    lines = [textwrap.wrap(s, max(6, round(w/6.4))) for s in heads]; top = 0 if not heads else 6 + 13*max(map(len, lines))
-    out = Image.new("RGB", (left + n*(w+pad) - pad, top + len(rows)*(h+pad) - pad), "white"); d = ImageDraw.Draw(out)
-    for i, ls in enumerate(lines): d.multiline_text((left + i*(w+pad), 1), "\n".join(ls), "black", small, spacing=1)
+    rows = [[as_pil(p) for p in row] for row in rows]
+    w, h = (s * scale for s in rows[0][0].size)
+    n = max(map(len, rows))
+    small, left = (
+        ImageFont.load_default(11),
+        0
+        if not titles
+        else 12 + max(round(ImageFont.load_default(11).getlength(t)) for t in titles),
+    )
+    lines = [textwrap.wrap(s, max(6, round(w / 6.4))) for s in heads]
+    top = 0 if not heads else 6 + 13 * max(map(len, lines))
+    out = Image.new("RGB", (left + n * (w + pad) - pad, top + len(rows) * (h + pad) - pad), "white")
+    d = ImageDraw.Draw(out)
+    for i, ls in enumerate(lines):
+        d.multiline_text((left + i * (w + pad), 1), "\n".join(ls), "black", small, spacing=1)
     for r, row in enumerate(rows):
-        y = top + r*(h+pad)
-        if r < len(titles): d.text((2, y+h//2), titles[r], "black", small, anchor="lm")
-        for i, p in enumerate(row): out.paste(p.resize((w, h), Image.NEAREST), (left + i*(w+pad), y))
-    out._repr_jpeg_ = None   # a notebook would store the picture a second time
+        y = top + r * (h + pad)
+        if r < len(titles):
+            d.text((2, y + h // 2), titles[r], "black", small, anchor="lm")
+        for i, p in enumerate(row):
+            out.paste(p.resize((w, h), Image.NEAREST), (left + i * (w + pad), y))
+    out._repr_jpeg_ = None  # a notebook would store the picture a second time
     return out
 
 # %% ../nbs/09b_show.ipynb #c3312e9d
-def progress(items, # anything iterable
-             what,  # a word or two
-             show=True): # never, if False
+def progress(
+    items,  # anything iterable
+    what,  # a word or two
+    show=True,
+):  # never, if False
     "`items` behind a tqdm bar if somebody watches."
-    watched = sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ   # Jupyter names the sessions that people open
+    watched = (
+        sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
+    )  # Jupyter names the sessions that people open
     return tqdm(items, what, disable=not (show and watched), leave=False)

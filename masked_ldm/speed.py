@@ -7,79 +7,130 @@ __all__ = ['stratified_timesteps', 'capped', 'dealt', 'recomputed', 'recompute',
 
 # %% ../nbs/05d_less_work.ipynb #ce3b37e6
 import hashlib
+
 import torch
 
 # %% ../nbs/05d_less_work.ipynb #2c7144fd
-def _generator(*key): # of anything that prints itself; the same key, the same numbers on every machine
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big") >> 1)
+def _generator(
+    *key,
+):  # of anything that prints itself; the same key, the same numbers on every machine
+    return torch.Generator().manual_seed(
+        int.from_bytes(
+            hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big"
+        )
+        >> 1
+    )
 
-def stratified_timesteps(T,     # where the perceptual terms end
-                         batch, # samples of the whole step, over all processes
-                         key,   # (seed, step)
-                         n=1000, # timesteps there are
-                        ): # t (batch,), weight (batch,) float32
+
+def stratified_timesteps(
+    T,  # where the perceptual terms end
+    batch,  # samples of the whole step, over all processes
+    key,  # (seed, step)
+    n=1000,  # timesteps there are
+):  # t (batch,), weight (batch,) float32
     "Timesteps of a step, evenly spread below and above T, in random order, with the weights that make them unbiased. Raises ValueError for one sample a step."
-    if batch < 2 and 0 < T < n: raise ValueError("stratified timesteps need 2 samples a step or more: one cannot be on both sides of T")
-    g = _generator("strata", *key); u = torch.rand(batch, generator=g, dtype=torch.float64)
-    low = 0 if T <= 0 else batch if T >= n else min(batch-1, max(1, round(batch*T/n)))
-    def spread(a, b, u): k = len(u); return a + ((torch.arange(k) + u)*(b-a)/max(1, k)).long().clamp(max=b-a-1)
-    t = torch.cat([spread(0, T, u[:low]), spread(T, n, u[low:])]); w = torch.ones(batch)
-    if 0 < low < batch: w[:low], w[low:] = batch*T/n/low, batch*(1-T/n)/(batch-low)
-    order = torch.randperm(batch, generator=g); return t[order], w[order]
+    if batch < 2 and 0 < T < n:
+        raise ValueError(
+            "stratified timesteps need 2 samples a step or more: one cannot be on both sides of T"
+        )
+    g = _generator("strata", *key)
+    u = torch.rand(batch, generator=g, dtype=torch.float64)
+    low = 0 if T <= 0 else batch if n <= T else min(batch - 1, max(1, round(batch * T / n)))
+
+    def spread(a, b, u):
+        k = len(u)
+        return a + ((torch.arange(k) + u) * (b - a) / max(1, k)).long().clamp(max=b - a - 1)
+
+    t = torch.cat([spread(0, T, u[:low]), spread(T, n, u[low:])])
+    w = torch.ones(batch)
+    if 0 < low < batch:
+        w[:low], w[low:] = batch * T / n / low, batch * (1 - T / n) / (batch - low)
+    order = torch.randperm(batch, generator=g)
+    return t[order], w[order]
 
 # %% ../nbs/05d_less_work.ipynb #96604016
-def capped(t,    # (B,) timesteps of the whole step
-           T,    # where the perceptual terms end
-           most, # samples to decode; 0: all
-           key,  # (seed, step)
-          ): # (B,) factor on the perceptual terms: n/k where picked, 0 where not, 1 from T on
+def capped(
+    t,  # (B,) timesteps of the whole step
+    T,  # where the perceptual terms end
+    most,  # samples to decode; 0: all
+    key,  # (seed, step)
+):  # (B,) factor on the perceptual terms: n/k where picked, 0 where not, 1 from T on
     "Which of the samples with t < T are decoded, and how much they count."
-    low = (t < T).nonzero()[:, 0]; out = torch.ones(len(t))
-    if not most or len(low) <= most: return out
-    out[low] = 0.; out[low[torch.randperm(len(low), generator=_generator("cap", *key))[:most]]] = len(low)/most
+    low = (t < T).nonzero()[:, 0]
+    out = torch.ones(len(t))
+    if not most or len(low) <= most:
+        return out
+    out[low] = 0.0
+    out[low[torch.randperm(len(low), generator=_generator("cap", *key))[:most]]] = len(low) / most
     return out
 
 # %% ../nbs/05d_less_work.ipynb #c4ac02b5
-def dealt(decoded, # (B,) bool: samples of the whole step that are decoded
-          shares,  # processes times parts of a step
-         ): # `shares` lists of B/shares positions; process r of n takes number r, n+r, 2n+r, ...
+def dealt(
+    decoded,  # (B,) bool: samples of the whole step that are decoded
+    shares,  # processes times parts of a step
+):  # `shares` lists of B/shares positions; process r of n takes number r, n+r, 2n+r, ...
     "Which samples of a step each process has in each part, as evenly as can be. Raises ValueError if the shares are not equally long."
-    if len(decoded) % shares: raise ValueError(f"{len(decoded)} samples cannot be dealt into {shares} equal shares")
-    order = torch.argsort(~decoded, stable=True).tolist(); return [sorted(order[k::shares]) for k in range(shares)]
+    if len(decoded) % shares:
+        raise ValueError(f"{len(decoded)} samples cannot be dealt into {shares} equal shares")
+    order = torch.argsort(~decoded, stable=True).tolist()
+    return [sorted(order[k::shares]) for k in range(shares)]
 
 # %% ../nbs/05d_less_work.ipynb #dea486ce
-def recomputed(config): # `TrainConfig`
+def recomputed(config):  # `TrainConfig`
     "{part: bool}: whose activations are computed twice."
-    return {k: config.gradient_checkpointing or getattr(config, f"checkpoint_{k}") for k in ("branch", "unet", "vae")}
+    return {
+        k: config.gradient_checkpointing or getattr(config, f"checkpoint_{k}")
+        for k in ("branch", "unet", "vae")
+    }
 
-def recompute(networks, # {"branch": ..., "unet": ..., "vae": ...}; those that are not there are left alone
-              on):      # from `recomputed`
+
+def recompute(
+    networks,  # {"branch": ..., "unet": ..., "vae": ...}; those that are not there are left alone
+    on,
+):  # from `recomputed`
     "Set checkpointing of the branch, of the UNet's decoder half and of the VAE decoder."
     for name, m in networks.items():
-        if name not in on: continue
+        if name not in on:
+            continue
         m.enable_gradient_checkpointing() if on[name] else m.disable_gradient_checkpointing()
         for idle in dict(unet=("down_blocks", "mid_block"), vae=("encoder",)).get(name, ()):
             for b in getattr(m, idle).modules():
-                if hasattr(b, "gradient_checkpointing"): b.gradient_checkpointing = False
+                if hasattr(b, "gradient_checkpointing"):
+                    b.gradient_checkpointing = False
 
 # %% ../nbs/05d_less_work.ipynb #7ec6891e
-def set_up(config,   # `TrainConfig`
-           networks): # {"branch": ..., "unet": ..., "vae": ...}
+def set_up(
+    config,  # `TrainConfig`
+    networks,
+):  # {"branch": ..., "unet": ..., "vae": ...}
     "Checkpointing and memory order of a run's networks."
     recompute(networks, recomputed(config))
     if config.channels_last:
-        for m in networks.values(): m.to(memory_format=torch.channels_last)
+        for m in networks.values():
+            m.to(memory_format=torch.channels_last)
 
-def compiled(config, # `TrainConfig`
-             f,      # a module or function of tensors
-             varying=False): # do their shapes change from call to call?
+
+def compiled(
+    config,  # `TrainConfig`
+    f,  # a module or function of tensors
+    varying=False,
+):  # do their shapes change from call to call?
     "`f`, compiled at its first call if the run asks for it: for its one shape, or, from the second shape on, for all."
     return torch.compile(f, dynamic=None if varying else False) if config.torch_compile else f
 
 # %% ../nbs/05d_less_work.ipynb #fea37419
-def make_optimizer(params, # the trained weights
-                   config): # `TrainConfig`
+def make_optimizer(
+    params,  # the trained weights
+    config,
+):  # `TrainConfig`
     "AdamW as the run asks for it."
-    kw = dict(lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay)
-    if config.use_8bit_adam: from bitsandbytes.optim import AdamW8bit; return AdamW8bit(params, **kw)
+    kw = dict(
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+    )
+    if config.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(params, **kw)
     return torch.optim.AdamW(params, fused=config.fused_adam, **kw)

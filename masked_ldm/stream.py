@@ -7,191 +7,373 @@ __all__ = ['SHARD_VERSION', 'tar_sample', 'index_shards', 'write_shards', 'fetch
            'StreamDataset']
 
 # %% ../nbs/01f_stream.ipynb #ac261d04
-import hashlib, io, json, os, re, time
+import hashlib
+import io
+import json
+import os
+import re
+import time
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urljoin
 from urllib.request import urlopen
-import numpy as np, torch
-from PIL import Image
+
+import numpy as np
+import torch
 from fastcore.basics import patch
+from PIL import Image
 from safetensors.torch import load, save
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.utils import pytorch_worker_info
+
 from .data import PersonDataset
 from .pictures import FORMATS, orient, read_picture, to_rgb
 from .show import progress
 
 # %% ../nbs/01f_stream.ipynb #98303163
-def _kind(data): # bytes of a picture file
+def _kind(data):  # bytes of a picture file
     "Its extension, by what is in it: a name may have none, as in a folder of Hugging Face's cache."
-    with Image.open(io.BytesIO(data), formats=FORMATS) as im: return {"JPEG": "jpg", "MPO": "jpg"}.get(im.format, im.format.lower())
+    with Image.open(io.BytesIO(data), formats=FORMATS) as im:
+        return {"JPEG": "jpg", "MPO": "jpg"}.get(im.format, im.format.lower())
 
-def tar_sample(dataset, i): # `PersonDataset`, with or without a cache; number of the picture
+
+def tar_sample(dataset, i):  # `PersonDataset`, with or without a cache; number of the picture
     "{__key__, json, EXTENSION, maybe safetensors: bytes} of a picture. Raises PictureError for one that cannot be used."
-    r = dataset.rows[i]; path = dataset.folder/r["file_name"]; read_picture(path, (r["width"], r["height"])); key = f"{r['image_id']:012d}"; data = path.read_bytes(); kind = _kind(data)
-    out = {"__key__": key, kind: data, "json": json.dumps(dict(r, file_name=f"{key}.{kind}")).encode()}
-    if dataset.cache is None: return out
-    moments = torch.stack([dataset.cache.read(i, flip)["moments"] for flip in (False, True)]); text = torch.stack([dataset.cache.read(i, k=k)["text"] for k in range(len(r["captions"]))])
+    r = dataset.rows[i]
+    path = dataset.folder / r["file_name"]
+    read_picture(path, (r["width"], r["height"]))
+    key = f"{r['image_id']:012d}"
+    data = path.read_bytes()
+    kind = _kind(data)
+    out = {
+        "__key__": key,
+        kind: data,
+        "json": json.dumps(dict(r, file_name=f"{key}.{kind}")).encode(),
+    }
+    if dataset.cache is None:
+        return out
+    moments = torch.stack([dataset.cache.read(i, flip)["moments"] for flip in (False, True)])
+    text = torch.stack([dataset.cache.read(i, k=k)["text"] for k in range(len(r["captions"]))])
     return dict(out, safetensors=save(dict(moments=moments, text=text)))
 
 # %% ../nbs/01f_stream.ipynb #5d5dde91
-SHARD_VERSION = 1   # of what a shard holds
+SHARD_VERSION = 1  # of what a shard holds
 
-def _bounds(n, shards, k): return k*n//shards, (k+1)*n//shards
 
-def _whole(path, data): tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp"); tmp.write_bytes(data); os.replace(tmp, path)
+def _bounds(n, shards, k):
+    return k * n // shards, (k + 1) * n // shards
 
-def _numbered(folder): return sorted(p for p in Path(folder).glob("*.tar") if re.fullmatch("[0-9]{5,}", p.stem))
 
-def _note(path): # of a tar file
+def _whole(path, data):
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.write_bytes(data)
+    os.replace(tmp, path)
+
+
+def _numbered(folder):
+    return sorted(p for p in Path(folder).glob("*.tar") if re.fullmatch("[0-9]{5,}", p.stem))
+
+
+def _note(path):  # of a tar file
     "What was noted of a shard when it was written, if it is still that shard; else None."
-    try: note = json.loads(path.with_suffix(".json").read_bytes()); note["about"]["shards"], note["sha256"]; sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError): return None
+    try:
+        note = json.loads(path.with_suffix(".json").read_bytes())
+        note["about"]["shards"], note["sha256"]
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
     return note if note["sha256"] == sha else None
 
-def index_shards(folder, # with all shards of a data set
-                ): # path of index.json
+
+def index_shards(
+    folder,  # with all shards of a data set
+):  # path of index.json
     "Read every shard and write down what they are. Raises ValueError if one is missing, damaged or of another set."
-    folder = Path(folder); about, shards = None, []
+    folder = Path(folder)
+    about, shards = None, []
     for p in _numbered(folder):
-        if about and int(p.stem) >= about["shards"]: continue   # of a set that was here before
-        note = _note(p); about = about or note and note["about"]
-        if not note or note["about"] != about: raise ValueError(f"shard {p} does not belong to the others or is damaged: write it again")
-        shards.append(dict(name=p.name, pictures=note["pictures"], bytes=p.stat().st_size, sha256=note["sha256"]))
-    if not about or len(shards) != about["shards"]: raise ValueError(f"{folder} has {len(shards)} of {about['shards'] if about else 'no'} shards: write the others first")
-    _whole(folder/"index.json", json.dumps(dict(about, shards=shards), indent=1).encode()); return folder/"index.json"
+        if about and int(p.stem) >= about["shards"]:
+            continue  # of a set that was here before
+        note = _note(p)
+        about = about or note and note["about"]
+        if not note or note["about"] != about:
+            raise ValueError(
+                f"shard {p} does not belong to the others or is damaged: write it again"
+            )
+        shards.append(
+            dict(
+                name=p.name,
+                pictures=note["pictures"],
+                bytes=p.stat().st_size,
+                sha256=note["sha256"],
+            )
+        )
+    if not about or len(shards) != about["shards"]:
+        raise ValueError(
+            f"{folder} has {len(shards)} of {about['shards'] if about else 'no'} shards: write the others first"
+        )
+    _whole(folder / "index.json", json.dumps(dict(about, shards=shards), indent=1).encode())
+    return folder / "index.json"
+
 
 def _sources(dataset, start, stop):
     "Hash of what a shard is made of: picture files, manifest rows, encodings."
     h = hashlib.sha256(json.dumps(None if dataset.cache is None else dataset.cache.hashes).encode())
     for r in dataset.rows[start:stop]:
-        p = dataset.folder/r["file_name"]; h.update(json.dumps(dict(r, file_name="")).encode())
-        if p.is_file(): h.update(hashlib.sha256(p.read_bytes()).digest())
+        p = dataset.folder / r["file_name"]
+        h.update(json.dumps(dict(r, file_name="")).encode())
+        if p.is_file():
+            h.update(hashlib.sha256(p.read_bytes()).digest())
     return h.hexdigest()
+
 
 def _clear(folder, count):
     "Remove the shards of an earlier set that had more than `count` of them, and the index, which speaks of them."
     for p in _numbered(folder):
-        if int(p.stem) < count or not p.with_suffix(".json").is_file(): continue   # without a note it is not ours
-        for q in (folder/"index.json", p, p.with_suffix(".json")): q.unlink(missing_ok=True)
+        if int(p.stem) < count or not p.with_suffix(".json").is_file():
+            continue  # without a note it is not ours
+        for q in (folder / "index.json", p, p.with_suffix(".json")):
+            q.unlink(missing_ok=True)
 
 # %% ../nbs/01f_stream.ipynb #6e54c43d
-def write_shards(dataset, # `PersonDataset`; with its cache, if it has one
-                 folder,  # where the shards go
-                 pictures=256, # a shard, at most
-                 shard=(0, 1), # (i, n): write every n-th shard, from the i-th
-                ): # path of index.json, or None where others still write
+def write_shards(
+    dataset,  # `PersonDataset`; with its cache, if it has one
+    folder,  # where the shards go
+    pictures=256,  # a shard, at most
+    shard=(0, 1),  # (i, n): write every n-th shard, from the i-th
+):  # path of index.json, or None where others still write
     "Write a data set as tar files; those that are there and whole stay. Raises PictureError for a picture that cannot be used."
-    folder, (i, n), N = Path(folder), shard, len(dataset); folder.mkdir(parents=True, exist_ok=True); count = -(-N//pictures)
-    if not 0 <= i < n: raise ValueError(f"shard must be i/n with 0 <= i < n, not {i}/{n}")
-    about = dict(version=SHARD_VERSION, manifest=dataset.info["content"], pictures=N, shards=count, cache=None if dataset.cache is None else {k: v for k, v in dataset.cache.settings.items() if k != "rows"})
+    folder, (i, n), N = Path(folder), shard, len(dataset)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = -(-N // pictures)
+    if not 0 <= i < n:
+        raise ValueError(f"shard must be i/n with 0 <= i < n, not {i}/{n}")
+    about = dict(
+        version=SHARD_VERSION,
+        manifest=dataset.info["content"],
+        pictures=N,
+        shards=count,
+        cache=None
+        if dataset.cache is None
+        else {k: v for k, v in dataset.cache.settings.items() if k != "rows"},
+    )
     _clear(folder, count)
     for k in progress(range(i, count, n), "shards"):
-        start, stop = _bounds(N, count, k); path, b = folder/f"{k:05d}.tar", io.BytesIO(); note = dict(about=about, pictures=stop-start, sources=_sources(dataset, start, stop))
-        if (have := _note(path)) and dict(have, sha256=None) == dict(note, sha256=None): continue
-        (folder/"index.json").unlink(missing_ok=True)
+        start, stop = _bounds(N, count, k)
+        path, b = folder / f"{k:05d}.tar", io.BytesIO()
+        note = dict(about=about, pictures=stop - start, sources=_sources(dataset, start, stop))
+        if (have := _note(path)) and dict(have, sha256=None) == dict(note, sha256=None):
+            continue
+        (folder / "index.json").unlink(missing_ok=True)
         with TarWriter(b, encoder=False, mtime=0, user="", group="") as tar:
-            for j in range(start, stop): tar.write(tar_sample(dataset, j))
-        _whole(path, b.getvalue()); _whole(path.with_suffix(".json"), json.dumps(dict(note, sha256=hashlib.sha256(b.getvalue()).hexdigest())).encode())
+            for j in range(start, stop):
+                tar.write(tar_sample(dataset, j))
+        _whole(path, b.getvalue())
+        _whole(
+            path.with_suffix(".json"),
+            json.dumps(dict(note, sha256=hashlib.sha256(b.getvalue()).hexdigest())).encode(),
+        )
     return index_shards(folder) if n == 1 else None
 
 # %% ../nbs/01f_stream.ipynb #d8c1723d
-def _web(url): return url.lower().startswith(("http://", "https://"))
+def _web(url):
+    return url.lower().startswith(("http://", "https://"))
+
 
 def _fetch(url):
     "The bytes behind a path or a web address, and of nothing else: no command, no other protocol."
     if _web(url):
-        with urlopen(url, timeout=60) as f: return f.read()
-    if re.match("[a-z0-9+.-]+://|pipe:", url, re.I): raise ValueError("only paths, http:// and https:// are read")
-    with open(url, "rb") as f: return f.read()
+        with urlopen(url, timeout=60) as f:
+            return f.read()
+    if re.match("[a-z0-9+.-]+://|pipe:", url, re.I):
+        raise ValueError("only paths, http:// and https:// are read")
+    with open(url, "rb") as f:
+        return f.read()
 
-def fetch(url,    # path, or http(s) address
-          what,   # "index" or "shard", for the message
-          entry=None, # of the index: bytes and sha256 that it must have
-          tries=3): # of a server that fails
+
+def fetch(
+    url,  # path, or http(s) address
+    what,  # "index" or "shard", for the message
+    entry=None,  # of the index: bytes and sha256 that it must have
+    tries=3,
+):  # of a server that fails
     "The bytes behind a path or URL. Raises OSError that names it."
     for left in reversed(range(tries)):
         try:
-            data = _fetch(url); sha = hashlib.sha256(data).hexdigest()
-            if not entry or sha == entry["sha256"]: return data
-            why = f"it has {len(data)} of {entry['bytes']} bytes" if len(data) != entry["bytes"] else "its bytes are not those that were written"
-        except FileNotFoundError: why, left = "there is no such file", 0
-        except HTTPError as e: why = f"the server says {e.code} {e.reason}"; left = left if e.code >= 500 or e.code in (408, 429) else 0
-        except (OSError, ValueError, HTTPException) as e: why = f"the transfer broke off ({e})" if isinstance(e, HTTPException) else str(e)
-        if not left or not _web(url): raise OSError(f"{what} {url} cannot be read: {why}") from None
-        time.sleep(.5*(tries-left))
+            data = _fetch(url)
+            sha = hashlib.sha256(data).hexdigest()
+            if not entry or sha == entry["sha256"]:
+                return data
+            why = (
+                f"it has {len(data)} of {entry['bytes']} bytes"
+                if len(data) != entry["bytes"]
+                else "its bytes are not those that were written"
+            )
+        except FileNotFoundError:
+            why, left = "there is no such file", 0
+        except HTTPError as e:
+            why = f"the server says {e.code} {e.reason}"
+            left = left if e.code >= 500 or e.code in (408, 429) else 0
+        except (OSError, ValueError, HTTPException) as e:
+            why = f"the transfer broke off ({e})" if isinstance(e, HTTPException) else str(e)
+        if not left or not _web(url):
+            raise OSError(f"{what} {url} cannot be read: {why}") from None
+        time.sleep(0.5 * (tries - left))
 
 # %% ../nbs/01f_stream.ipynb #6ee7770d
-def read_index(where): # folder, or path or URL of index.json
+def read_index(where):  # folder, or path or URL of index.json
     "(what a shard's name is relative to, index). Raises OSError or ValueError that names it."
-    where = str(where); where = where if where.endswith(".json") else os.path.join(where, "index.json"); data = fetch(where, "index")
-    try: index = json.loads(data); shards = [(s["name"], s["pictures"], s["bytes"], s["sha256"]) for s in index["shards"]]; total = sum(s[1] for s in shards); index["cache"]
-    except (ValueError, KeyError, TypeError): raise ValueError(f"index {where} is not one that write_shards makes") from None
-    if index.get("version") != SHARD_VERSION or total != index["pictures"]: raise ValueError(f"index {where} is of another version or incomplete: write the shards again")
+    where = str(where)
+    where = where if where.endswith(".json") else os.path.join(where, "index.json")
+    data = fetch(where, "index")
+    try:
+        index = json.loads(data)
+        shards = [(s["name"], s["pictures"], s["bytes"], s["sha256"]) for s in index["shards"]]
+        total = sum(s[1] for s in shards)
+        index["cache"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"index {where} is not one that write_shards makes") from None
+    if index.get("version") != SHARD_VERSION or total != index["pictures"]:
+        raise ValueError(
+            f"index {where} is of another version or incomplete: write the shards again"
+        )
     for name, *_ in shards:
-        if not (isinstance(name, str) and re.fullmatch(r"[0-9]+\.tar", name)): raise ValueError(f"index {where} names a shard {name!r}: only a number and .tar is opened")
+        if not (isinstance(name, str) and re.fullmatch(r"[0-9]+\.tar", name)):
+            raise ValueError(
+                f"index {where} names a shard {name!r}: only a number and .tar is opened"
+            )
     return where, index
 
-def read_shard(base,   # from `read_index`
-               entry,  # of the index
-              ): # list of {__key__, json, EXTENSION, maybe safetensors: bytes}
+
+def read_shard(
+    base,  # from `read_index`
+    entry,  # of the index
+):  # list of {__key__, json, EXTENSION, maybe safetensors: bytes}
     "The samples of a shard, by WebDataset. Raises OSError that names the shard."
-    url = urljoin(base, entry["name"]) if _web(base) else os.path.join(os.path.dirname(base), entry["name"])
-    got = list(group_by_keys(tar_file_expander([dict(url=url, stream=io.BytesIO(fetch(url, "shard", entry)))])))
-    if len(got) != entry["pictures"]: raise OSError(f"shard {url} cannot be read: it holds {len(got)} pictures, its index says {entry['pictures']}")
+    url = (
+        urljoin(base, entry["name"])
+        if _web(base)
+        else os.path.join(os.path.dirname(base), entry["name"])
+    )
+    got = list(
+        group_by_keys(
+            tar_file_expander([dict(url=url, stream=io.BytesIO(fetch(url, "shard", entry)))])
+        )
+    )
+    if len(got) != entry["pictures"]:
+        raise OSError(
+            f"shard {url} cannot be read: it holds {len(got)} pictures, its index says {entry['pictures']}"
+        )
     return got
 
 # %% ../nbs/01f_stream.ipynb #f00cdb52
-def spans(counts, # pictures of each shard, in the epoch's order
-          r, of,  # reader, number of readers
-         ): # list of (place of the shard, first picture, after the last)
+def spans(
+    counts,  # pictures of each shard, in the epoch's order
+    r,
+    of,  # reader, number of readers
+):  # list of (place of the shard, first picture, after the last)
     "The part of an epoch that one reader takes."
-    lo, hi = _bounds(sum(counts), of, r); ends = np.cumsum(counts); starts = ends - counts
-    return [(k, int(max(lo, a) - a), int(min(hi, b) - a)) for k, (a, b) in enumerate(zip(starts, ends)) if max(lo, a) < min(hi, b)]
+    lo, hi = _bounds(sum(counts), of, r)
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    return [
+        (k, int(max(lo, a) - a), int(min(hi, b) - a))
+        for k, (a, b) in enumerate(zip(starts, ends))
+        if max(lo, a) < min(hi, b)
+    ]
 
 # %% ../nbs/01f_stream.ipynb #22dcbde9
 class StreamDataset(torch.utils.data.IterableDataset):
     "The samples of shards, each once an epoch over all nodes and data workers."
-    chance, sample = PersonDataset.chance, PersonDataset.sample   # the same flips, captions and geometry
 
-    def __init__(self, where,     # folder with shards, or path or URL of index.json
-                 size,            # side of the pictures, pixels
-                 seed=0,          # of order and augmentation
-                 flip=.5,         # chance of a mirrored picture
-                 min_visible=.5,  # share of a face box that must survive the crop
-                 crop="center",   # as in `PersonDataset`
-                 epoch=0,         # see `set_epoch`; None: no augmentation, in the order of the manifest
-                 node=None):      # (rank, number of nodes); None: what torch.distributed, or RANK and WORLD_SIZE, say now
-        self.base, self.index = read_index(where); self.size, self.seed, self.flip, self.min_visible, self.crop, self.epoch, self.node = size, seed, flip, min_visible, crop, epoch, node or pytorch_worker_info()[:2]
-        if (have := self.index["cache"]) and (have["size"], have["crop"]) != (size, crop): raise ValueError(f"the latents in {self.base} are of {have['size']} px, crop {have['crop']!r}; asked for are {size} px, crop {crop!r}")
+    chance, sample = (
+        PersonDataset.chance,
+        PersonDataset.sample,
+    )  # the same flips, captions and geometry
 
-    def set_epoch(self, epoch): # before each pass over the loader; workers that persist do not hear of it
+    def __init__(
+        self,
+        where,  # folder with shards, or path or URL of index.json
+        size,  # side of the pictures, pixels
+        seed=0,  # of order and augmentation
+        flip=0.5,  # chance of a mirrored picture
+        min_visible=0.5,  # share of a face box that must survive the crop
+        crop="center",  # as in `PersonDataset`
+        epoch=0,  # see `set_epoch`; None: no augmentation, in the order of the manifest
+        node=None,
+    ):  # (rank, number of nodes); None: what torch.distributed, or RANK and WORLD_SIZE, say now
+        self.base, self.index = read_index(where)
+        self.size, self.seed, self.flip, self.min_visible, self.crop, self.epoch, self.node = (
+            size,
+            seed,
+            flip,
+            min_visible,
+            crop,
+            epoch,
+            node or pytorch_worker_info()[:2],
+        )
+        if (have := self.index["cache"]) and (have["size"], have["crop"]) != (size, crop):
+            raise ValueError(
+                f"the latents in {self.base} are of {have['size']} px, crop {have['crop']!r}; asked for are {size} px, crop {crop!r}"
+            )
+
+    def set_epoch(
+        self, epoch
+    ):  # before each pass over the loader; workers that persist do not hear of it
         "Choose the epoch, as for `DistributedSampler`."
         self.epoch = epoch
 
-    def steps(self, batch_size, workers=1): # of the loader
+    def steps(self, batch_size, workers=1):  # of the loader
         "Batches that every node can take of an epoch: each worker fills its own. Raises ValueError if that is none."
-        nodes, workers, n = self.node[1], max(1, workers), self.index["pictures"]; per = n//(nodes*workers)//batch_size
-        if not per: raise ValueError(f"{n} pictures shared by {nodes} node(s) of {workers} worker(s) do not fill a batch of {batch_size} each")
-        return per*workers
+        nodes, workers, n = self.node[1], max(1, workers), self.index["pictures"]
+        per = n // (nodes * workers) // batch_size
+        if not per:
+            raise ValueError(
+                f"{n} pictures shared by {nodes} node(s) of {workers} worker(s) do not fill a batch of {batch_size} each"
+            )
+        return per * workers
 
     def __iter__(self):
-        (rank, nodes), (worker, workers) = self.node, pytorch_worker_info()[2:]; shards, e = self.index["shards"], self.epoch; n = len(shards)
-        order = range(n) if e is None else np.random.default_rng([self.seed, e]).permutation(n).tolist()
-        for k, a, b in spans([shards[s]["pictures"] for s in order], rank*workers + worker, nodes*workers):
-            s = order[k]; got = read_shard(self.base, shards[s]); inner = range(len(got)) if e is None else np.random.default_rng([self.seed, e, s]).permutation(len(got)).tolist()
-            for j in inner[a:b]: yield self._sample(got[j], shards[s]["name"])
+        (rank, nodes), (worker, workers) = self.node, pytorch_worker_info()[2:]
+        shards, e = self.index["shards"], self.epoch
+        n = len(shards)
+        order = (
+            range(n) if e is None else np.random.default_rng([self.seed, e]).permutation(n).tolist()
+        )
+        for k, a, b in spans(
+            [shards[s]["pictures"] for s in order], rank * workers + worker, nodes * workers
+        ):
+            s = order[k]
+            got = read_shard(self.base, shards[s])
+            inner = (
+                range(len(got))
+                if e is None
+                else np.random.default_rng([self.seed, e, s]).permutation(len(got)).tolist()
+            )
+            for j in inner[a:b]:
+                yield self._sample(got[j], shards[s]["name"])
 
 # %% ../nbs/01f_stream.ipynb #a0e13b78
 @patch
-def _sample(self:StreamDataset, parts, shard): # of one picture; name of the shard, for the message
+def _sample(
+    self: StreamDataset, parts, shard
+):  # of one picture; name of the shard, for the message
     "A `PersonDataset` sample."
-    r = json.loads(parts["json"]); flip, k = self.chance(self.epoch, r)
-    try: image = to_rgb(orient(Image.open(io.BytesIO(parts[r["file_name"].rsplit(".", 1)[1]]), formats=FORMATS), (r["width"], r["height"])))
-    except (OSError, ValueError, KeyError) as e: raise OSError(f"picture {r['file_name']} of shard {shard} cannot be read ({e})") from None
+    r = json.loads(parts["json"])
+    flip, k = self.chance(self.epoch, r)
+    try:
+        image = to_rgb(
+            orient(
+                Image.open(io.BytesIO(parts[r["file_name"].rsplit(".", 1)[1]]), formats=FORMATS),
+                (r["width"], r["height"]),
+            )
+        )
+    except (OSError, ValueError, KeyError) as e:
+        raise OSError(f"picture {r['file_name']} of shard {shard} cannot be read ({e})") from None
     s = self.sample(r, image, flip, k)
-    if "safetensors" not in parts: return s
-    t = load(parts["safetensors"]); return dict(s, moments=t["moments"][int(flip)], text=t["text"][k])
+    if "safetensors" not in parts:
+        return s
+    t = load(parts["safetensors"])
+    return dict(s, moments=t["moments"][int(flip)], text=t["text"][k])

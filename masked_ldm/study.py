@@ -7,214 +7,543 @@ __all__ = ['QUESTIONS', 'Page', 'open_set', 'Study', 'own_names', 'own_addresses
            'make_set', 'main']
 
 # %% ../nbs/08_study.ipynb #e459ef5d
-import argparse, hashlib, hmac, html, io, ipaddress, json, random, secrets, socket
+import argparse
+import hashlib
+import hmac
+import html
+import io
+import ipaddress
+import json
+import random
+import secrets
+import socket
 from collections import namedtuple
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
+
 from PIL import Image
+
 from .votes import Votes, agreement, bradley_terry, side_bias, win_rates
+
 try:
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.responses import JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
-except ImportError: Starlette = None
+except ImportError:
+    Starlette = None
 
 # %% ../nbs/08_study.ipynb #8ad50932
-QUESTIONS = dict(overall="Which picture is better?", face="Which face looks more real?", body="In which picture are bodies and limbs more right?")
+QUESTIONS = dict(
+    overall="Which picture is better?",
+    face="Which face looks more real?",
+    body="In which picture are bodies and limbs more right?",
+)
 
-def open_set(folder): # written by `picture_set`
+
+def open_set(folder):  # written by `picture_set`
     "(prompts, {name: [path]}). Raises FileNotFoundError that names what is missing."
-    folder = Path(folder); note = folder/"set.json"
-    if not note.is_file(): raise FileNotFoundError(f"{note} is missing: a folder of pictures, as written by an evaluation, is needed")
-    try: about = json.loads(note.read_text()); about["prompts"][0], list(about["models"])
-    except (ValueError, KeyError, TypeError, IndexError): raise ValueError(f"{note} does not describe a set of pictures") from None
-    files = {n: [folder/"pictures"/f"{k}_{i:05d}.png" for i in range(len(about["prompts"]))] for k, n in enumerate(about["models"])}
-    if lost := [p for v in files.values() for p in v if not p.is_file()]: raise FileNotFoundError(f"{lost[0]} is missing, and {len(lost)-1} more: the set was not finished")
+    folder = Path(folder)
+    note = folder / "set.json"
+    if not note.is_file():
+        raise FileNotFoundError(
+            f"{note} is missing: a folder of pictures, as written by an evaluation, is needed"
+        )
+    try:
+        about = json.loads(note.read_text())
+        about["prompts"][0], list(about["models"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise ValueError(f"{note} does not describe a set of pictures") from None
+    files = {
+        n: [folder / "pictures" / f"{k}_{i:05d}.png" for i in range(len(about["prompts"]))]
+        for k, n in enumerate(about["models"])
+    }
+    if lost := [p for v in files.values() for p in v if not p.is_file()]:
+        raise FileNotFoundError(
+            f"{lost[0]} is missing, and {len(lost) - 1} more: the set was not finished"
+        )
     return about["prompts"], files
 
-Page = namedtuple("Page", "pair question prompt a b left right token")  # a, b: models; left, right: picture files
+
+Page = namedtuple(
+    "Page", "pair question prompt a b left right token"
+)  # a, b: models; left, right: picture files
+
 
 class Study:
     "What is asked, of whom, about which pictures."
-    def __init__(self, folder,          # with set.json and pictures, from `picture_set`
-                 questions=("overall",),  # keys of `QUESTIONS`, in this order
-                 n=None):        # ask about the first n prompts only; None: all
-        if n is not None and n < 1: raise ValueError(f"n must be 1 prompt or more, not {n}")
-        if wrong := [q for q in questions if q not in QUESTIONS]: raise ValueError(f"question {wrong[0]!r} is not one of {', '.join(QUESTIONS)}")
-        self.folder, self.questions = Path(folder), list(questions); self.prompts, self.files = open_set(folder); self.n = min(n or len(self.prompts), len(self.prompts))
-        if len(self.files) < 2: raise ValueError(f"{folder} holds pictures of one model: a vote needs two")
-        self.votes = Votes(self.folder/"votes.sqlite", hashlib.sha256((self.folder/"set.json").read_bytes()).hexdigest()); self._secret = self.votes.know("secret").encode()
 
-    def token(self, *parts): return hmac.new(self._secret, "\n".join(map(str, parts)).encode(), "sha256").hexdigest()[:32]
+    def __init__(
+        self,
+        folder,  # with set.json and pictures, from `picture_set`
+        questions=("overall",),  # keys of `QUESTIONS`, in this order
+        n=None,
+    ):  # ask about the first n prompts only; None: all
+        if n is not None and n < 1:
+            raise ValueError(f"n must be 1 prompt or more, not {n}")
+        if wrong := [q for q in questions if q not in QUESTIONS]:
+            raise ValueError(f"question {wrong[0]!r} is not one of {', '.join(QUESTIONS)}")
+        self.folder, self.questions = Path(folder), list(questions)
+        self.prompts, self.files = open_set(folder)
+        self.n = min(n or len(self.prompts), len(self.prompts))
+        if len(self.files) < 2:
+            raise ValueError(f"{folder} holds pictures of one model: a vote needs two")
+        self.votes = Votes(
+            self.folder / "votes.sqlite",
+            hashlib.sha256((self.folder / "set.json").read_bytes()).hexdigest(),
+        )
+        self._secret = self.votes.know("secret").encode()
 
-    def pages(self, voter): # id of a voter
+    def token(self, *parts):
+        return hmac.new(self._secret, "\n".join(map(str, parts)).encode(), "sha256").hexdigest()[
+            :32
+        ]
+
+    def pages(self, voter):  # id of a voter
         "All `Page`s of a voter, in the voter's order."
-        pairs = [(i, a, b) for i in range(self.n) for a, b in combinations(sorted(self.files), 2)]; random.Random(self.token("order", voter)).shuffle(pairs); out = []
+        pairs = [(i, a, b) for i in range(self.n) for a, b in combinations(sorted(self.files), 2)]
+        random.Random(self.token("order", voter)).shuffle(pairs)
+        out = []
         for i, a, b in pairs:
-            key = f"{i}:{a}:{b}"; sides = (a, b) if int(self.token("side", voter, key), 16) % 2 else (b, a)
-            out += [Page(key, q, i, a, b, *(self.files[s][i] for s in sides), self.token("page", voter, key, q)) for q in self.questions]
+            key = f"{i}:{a}:{b}"
+            sides = (a, b) if int(self.token("side", voter, key), 16) % 2 else (b, a)
+            out += [
+                Page(
+                    key,
+                    q,
+                    i,
+                    a,
+                    b,
+                    *(self.files[s][i] for s in sides),
+                    self.token("page", voter, key, q),
+                )
+                for q in self.questions
+            ]
         return out
 
-    def state(self, voter): # what the browser is told
-        pages, done = self.pages(voter), self.votes.done(voter); left = [p for p in pages if (p.pair, p.question) not in done]; out = dict(done=len(pages)-len(left), total=len(pages))
-        if not left: return out | dict(finished=True)
-        p = left[0]; return out | dict(page=p.token, question=QUESTIONS[p.question], prompt=self.prompts[p.prompt], **{s: f"picture/{self.token('picture', p.token, s)}" for s in ("left", "right")})
+    def state(self, voter):  # what the browser is told
+        pages, done = self.pages(voter), self.votes.done(voter)
+        left = [p for p in pages if (p.pair, p.question) not in done]
+        out = dict(done=len(pages) - len(left), total=len(pages))
+        if not left:
+            return out | dict(finished=True)
+        p = left[0]
+        return out | dict(
+            page=p.token,
+            question=QUESTIONS[p.question],
+            prompt=self.prompts[p.prompt],
+            **{s: f"picture/{self.token('picture', p.token, s)}" for s in ("left", "right")},
+        )
 
 # %% ../nbs/08_study.ipynb #2b6ed76f
-def own_names(): # of this computer
+def own_names():  # of this computer
     "Host names it answers to by itself."
-    name = socket.gethostname().lower(); return {"localhost", name, name.split(".")[0] + ".local"}
+    name = socket.gethostname().lower()
+    return {"localhost", name, name.split(".")[0] + ".local"}
+
 
 def own_addresses():
     "Addresses under which others in the network may reach this computer; no packet is sent. Empty without a network."
     found = []
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):   # documentation addresses: only the route is asked for
+    for family, far in (
+        (socket.AF_INET, "192.0.2.1"),
+        (socket.AF_INET6, "2001:db8::1"),
+    ):  # documentation addresses: only the route is asked for
         try:
-            with socket.socket(family, socket.SOCK_DGRAM) as s: s.connect((far, 9)); found.append(s.getsockname()[0])
-        except OSError: pass
+            with socket.socket(family, socket.SOCK_DGRAM) as s:
+                s.connect((far, 9))
+                found.append(s.getsockname()[0])
+        except OSError:
+            pass
     return [a for a in dict.fromkeys(found) if not ipaddress.ip_address(a).is_loopback]
 
-def host_is_ours(header,  # Host of a request, with or without a port
-                 arrived, # address at which it arrived
-                 allowed=()): # further names; "*": any
+
+def host_is_ours(
+    header,  # Host of a request, with or without a port
+    arrived,  # address at which it arrived
+    allowed=(),
+):  # further names; "*": any
     "Is the request meant for this study?"
-    name = header.lower(); name = name[1:].split("]")[0] if name.startswith("[") else name.rsplit(":", 1)[0] if name.count(":") == 1 else name
-    if "*" in allowed or name in own_names() or name in {h.lower().strip("[]") for h in allowed}: return bool(name) or "*" in allowed
-    try: a, at = ipaddress.ip_address(name), ipaddress.ip_address(arrived); return a.is_loopback or a in (at, getattr(at, "ipv4_mapped", None))
-    except ValueError: return False   # a name, and none of ours
+    name = header.lower()
+    name = (
+        name[1:].split("]")[0]
+        if name.startswith("[")
+        else name.rsplit(":", 1)[0]
+        if name.count(":") == 1
+        else name
+    )
+    if "*" in allowed or name in own_names() or name in {h.lower().strip("[]") for h in allowed}:
+        return bool(name) or "*" in allowed
+    try:
+        a, at = ipaddress.ip_address(name), ipaddress.ip_address(arrived)
+        return a.is_loopback or a in (at, getattr(at, "ipv4_mapped", None))
+    except ValueError:
+        return False  # a name, and none of ours
 
 # %% ../nbs/08_study.ipynb #40352d61
-_PAGE = files("masked_ldm")/"assets"/"study"
-_HEAD = {"Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-         "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+_PAGE = files("masked_ldm") / "assets" / "study"
+_HEAD = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
 
 class _Safe:
     "Turns foreign host names away, and puts the headers on every answer."
-    def __init__(self, app, hosts): self.app, self.hosts = app, hosts
+
+    def __init__(self, app, hosts):
+        self.app, self.hosts = app, hosts
+
     async def __call__(self, scope, receive, send):
         app = self.app
-        if scope["type"] == "http" and not host_is_ours(dict(scope["headers"]).get(b"host", b"").decode("latin-1"), (scope.get("server") or ("",))[0], self.hosts):
-            app = PlainTextResponse("this study is not known by that name: start it with --allow-host NAME", 400)
+        if scope["type"] == "http" and not host_is_ours(
+            dict(scope["headers"]).get(b"host", b"").decode("latin-1"),
+            (scope.get("server") or ("",))[0],
+            self.hosts,
+        ):
+            app = PlainTextResponse(
+                "this study is not known by that name: start it with --allow-host NAME", 400
+            )
+
         async def out(message):
-            if message["type"] == "http.response.start": message["headers"] = [*message.get("headers", []), *((k.lower().encode(), v.encode()) for k, v in _HEAD.items())]
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *((k.lower().encode(), v.encode()) for k, v in _HEAD.items()),
+                ]
             await send(message)
+
         await app(scope, receive, out)
 
-def _voter(study, request): # (id, is it new)
-    id, _, sign = request.cookies.get("voter", "").partition("."); ok = len(id) == 32 and id.isalnum() and hmac.compare_digest(sign.encode(), study.token("voter", id).encode())
+
+def _voter(study, request):  # (id, is it new)
+    id, _, sign = request.cookies.get("voter", "").partition(".")
+    ok = (
+        len(id) == 32
+        and id.isalnum()
+        and hmac.compare_digest(sign.encode(), study.token("voter", id).encode())
+    )
     return (id, False) if ok else (secrets.token_hex(16), True)
 
-def _answer(study, request, act=None): # a voter's state as JSON, after `act(voter)`
+
+def _answer(study, request, act=None):  # a voter's state as JSON, after `act(voter)`
     voter, new = _voter(study, request)
-    if act: act(voter)
+    if act:
+        act(voter)
     r = JSONResponse(study.state(voter))
-    if new: r.set_cookie("voter", f"{voter}.{study.token('voter', voter)}", max_age=90*86400, httponly=True, samesite="strict")
+    if new:
+        r.set_cookie(
+            "voter",
+            f"{voter}.{study.token('voter', voter)}",
+            max_age=90 * 86400,
+            httponly=True,
+            samesite="strict",
+        )
     return r
 
 # %% ../nbs/08_study.ipynb #b4d9d8d8
-def create_app(study,   # `Study`
-               hosts=()): # further host names it answers to; ("*",) for any
+def create_app(
+    study,  # `Study`
+    hosts=(),
+):  # further host names it answers to; ("*",) for any
     "The ASGI application. Raises ImportError without Starlette."
-    if Starlette is None: raise ImportError("the study page needs Starlette: pip install 'masked_ldm[study]'")
-    def asset(name, kind): body = (_PAGE/name).read_bytes(); return lambda request: Response(body, media_type=kind)
+    if Starlette is None:
+        raise ImportError("the study page needs Starlette: pip install 'masked_ldm[study]'")
+
+    def asset(name, kind):
+        body = (_PAGE / name).read_bytes()
+        return lambda request: Response(body, media_type=kind)
+
     async def vote(request):
         try:
             body = b""
             async for part in request.stream():
-                if len(body := body + part) > 1000: raise ValueError
-            said = json.loads(body); token, choice = str(said["page"]), said["choice"]
-            if choice not in ("left", "right", "same") or request.headers.get("content-type") != "application/json": raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError): return PlainTextResponse("a vote needs a page and a choice: left, right or same", 400)
+                if len(body := body + part) > 1000:
+                    raise ValueError
+            said = json.loads(body)
+            token, choice = str(said["page"]), said["choice"]
+            if (
+                choice not in ("left", "right", "same")
+                or request.headers.get("content-type") != "application/json"
+            ):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return PlainTextResponse("a vote needs a page and a choice: left, right or same", 400)
         voter, _ = _voter(study, request)
-        if not any(p.token == token for p in study.pages(voter)): return PlainTextResponse("that page was shown to another voter: reload", 409)
+        if not any(p.token == token for p in study.pages(voter)):
+            return PlainTextResponse("that page was shown to another voter: reload", 409)
+
         def count(voter):
             for p in study.pages(voter):
-                if p.token == token: a_left = p.left == study.files[p.a][p.prompt]; study.votes.add(voter, p.pair, p.question, p.prompt, p.a, p.b, "same" if choice == "same" else "a" if (choice == "left") == a_left else "b", "left" if a_left else "right")
+                if p.token == token:
+                    a_left = p.left == study.files[p.a][p.prompt]
+                    study.votes.add(
+                        voter,
+                        p.pair,
+                        p.question,
+                        p.prompt,
+                        p.a,
+                        p.b,
+                        "same"
+                        if choice == "same"
+                        else "a"
+                        if (choice == "left") == a_left
+                        else "b",
+                        "left" if a_left else "right",
+                    )
+
         return _answer(study, request, count)
+
     def picture(request):
-        want = request.path_params["token"]; voter, new = _voter(study, request)
+        want = request.path_params["token"]
+        voter, new = _voter(study, request)
         for p in [] if new else study.pages(voter):
             for side in ("left", "right"):
-                if hmac.compare_digest(study.token("picture", p.token, side).encode(), want.encode()): b = io.BytesIO(); Image.open(getattr(p, side)).convert("RGB").save(b, "PNG"); return Response(b.getvalue(), media_type="image/png")
+                if hmac.compare_digest(
+                    study.token("picture", p.token, side).encode(), want.encode()
+                ):
+                    b = io.BytesIO()
+                    Image.open(getattr(p, side)).convert("RGB").save(b, "PNG")
+                    return Response(b.getvalue(), media_type="image/png")
         return PlainTextResponse("not here", 404)
+
     def keyed(f):
-        def page(request): ok = hmac.compare_digest(request.query_params.get("key", "").encode(), study.votes.know("results_key").encode()); return f() if ok else PlainTextResponse("the key is printed where the server was started", 403)
+        def page(request):
+            ok = hmac.compare_digest(
+                request.query_params.get("key", "").encode(),
+                study.votes.know("results_key").encode(),
+            )
+            return (
+                f()
+                if ok
+                else PlainTextResponse("the key is printed where the server was started", 403)
+            )
+
         return page
-    routes = [Route("/", asset("vote.html", "text/html")), Route("/vote.js", asset("vote.js", "text/javascript")), Route("/study.css", asset("study.css", "text/css")), Route("/api/next", lambda r: _answer(study, r)), Route("/api/vote", vote, methods=["POST"]),
-              Route("/picture/{token}", picture), Route("/results", keyed(lambda: Response(results_page(study), media_type="text/html"))), Route("/votes.csv", keyed(lambda: Response(study.votes.csv(), media_type="text/csv")))]
+
+    routes = [
+        Route("/", asset("vote.html", "text/html")),
+        Route("/vote.js", asset("vote.js", "text/javascript")),
+        Route("/study.css", asset("study.css", "text/css")),
+        Route("/api/next", lambda r: _answer(study, r)),
+        Route("/api/vote", vote, methods=["POST"]),
+        Route("/picture/{token}", picture),
+        Route("/results", keyed(lambda: Response(results_page(study), media_type="text/html"))),
+        Route("/votes.csv", keyed(lambda: Response(study.votes.csv(), media_type="text/csv"))),
+    ]
     return Starlette(routes=routes, middleware=[Middleware(_Safe, hosts=tuple(hosts))])
 
 # %% ../nbs/08_study.ipynb #096078b0
-_E = lambda s: html.escape(str(s))
+def _E(s):
+    return html.escape(str(s))
 
-def _table(head, body): # texts, rows of texts; a cell that is a list is markup
-    cell = lambda v: v[0] if isinstance(v, list) else _E(v)
-    return '<div class="wide"><table><tr>' + "".join(f"<th>{_E(h)}</th>" for h in head) + "</tr>" + "".join("<tr>" + "".join(f'<td data-head="{_E(h)}">{cell(v)}</td>' for h, v in zip(head, r)) + "</tr>" for r in body) + "</table></div>"
 
-def _band(mid, low, high, ends, zero): # an interval as a small drawing: its axis from ends[0] to ends[1], a line at `zero`
-    x = lambda v: round(4 + 132*(min(max(v, ends[0]), ends[1])-ends[0])/(ends[1]-ends[0]), 1)
-    return [f'<svg width="140" height="16" viewBox="0 0 140 16" aria-hidden="true"><path d="M4 8H136" stroke="#b9b9b9"/><path d="M{x(zero)} 1V15" stroke="#555" stroke-dasharray="2 2"/>'
-            f'<path d="M{x(low)} 8H{x(high)}" stroke="#1f5fbf" stroke-width="3"/><circle cx="{x(mid)}" cy="8" r="4" fill="#1f5fbf"/></svg>']
+def _table(head, body):  # texts, rows of texts; a cell that is a list is markup
+    def cell(v):
+        return v[0] if isinstance(v, list) else _E(v)
 
-def _section(q, mine): # a question and its votes
-    wins = [(f"{w['a']} over {w['b']}", f"{w['rate']:.1%}", _band(w["rate"], w["low"], w["high"], (0, 1), .5), f"{w['low']:.1%} to {w['high']:.1%}", w["votes"], w["same"]) for w in win_rates(mine)]
-    bt = bradley_terry(mine); far = max([1.] + [abs(v) for t in bt.values() for v in t]); scores = [(k, f"{s:+.2f}", _band(s, lo, hi, (-far, far), 0), f"{lo:+.2f} to {hi:+.2f}") for k, (s, lo, hi) in bt.items()]
-    return (f"<h2>{_E(QUESTIONS[q])}</h2>" + _table(("pair", "preferred", "", "95% interval", "votes", "no difference"), wins) + "<p>A vote for no difference counts half for each; the dashed line is no preference.</p>"
-            + _table(("model", "Bradley-Terry score", "", "95% interval"), scores))
+    return (
+        '<div class="wide"><table><tr>'
+        + "".join(f"<th>{_E(h)}</th>" for h in head)
+        + "</tr>"
+        + "".join(
+            "<tr>"
+            + "".join(f'<td data-head="{_E(h)}">{cell(v)}</td>' for h, v in zip(head, r))
+            + "</tr>"
+            for r in body
+        )
+        + "</table></div>"
+    )
+
+
+def _band(
+    mid, low, high, ends, zero
+):  # an interval as a small drawing: its axis from ends[0] to ends[1], a line at `zero`
+    def x(v):
+        return round(4 + 132 * (min(max(v, ends[0]), ends[1]) - ends[0]) / (ends[1] - ends[0]), 1)
+
+    return [
+        f'<svg width="140" height="16" viewBox="0 0 140 16" aria-hidden="true"><path d="M4 8H136" stroke="#b9b9b9"/><path d="M{x(zero)} 1V15" stroke="#555" stroke-dasharray="2 2"/>'
+        f'<path d="M{x(low)} 8H{x(high)}" stroke="#1f5fbf" stroke-width="3"/><circle cx="{x(mid)}" cy="8" r="4" fill="#1f5fbf"/></svg>'
+    ]
+
+
+def _section(q, mine):  # a question and its votes
+    wins = [
+        (
+            f"{w['a']} over {w['b']}",
+            f"{w['rate']:.1%}",
+            _band(w["rate"], w["low"], w["high"], (0, 1), 0.5),
+            f"{w['low']:.1%} to {w['high']:.1%}",
+            w["votes"],
+            w["same"],
+        )
+        for w in win_rates(mine)
+    ]
+    bt = bradley_terry(mine)
+    far = max([1.0] + [abs(v) for t in bt.values() for v in t])
+    scores = [
+        (k, f"{s:+.2f}", _band(s, lo, hi, (-far, far), 0), f"{lo:+.2f} to {hi:+.2f}")
+        for k, (s, lo, hi) in bt.items()
+    ]
+    return (
+        f"<h2>{_E(QUESTIONS[q])}</h2>"
+        + _table(("pair", "preferred", "", "95% interval", "votes", "no difference"), wins)
+        + "<p>A vote for no difference counts half for each; the dashed line is no preference.</p>"
+        + _table(("model", "Bradley-Terry score", "", "95% interval"), scores)
+    )
 
 # %% ../nbs/08_study.ipynb #18a81126
-def _many(n, what): return f"{n} {what}" + "s"*(n != 1)
+def _many(n, what):
+    return f"{n} {what}" + "s" * (n != 1)
 
-def results_page(study): # `Study`
+
+def results_page(study):  # `Study`
     "HTML: win rates, Bradley-Terry scores and agreement, a section a question."
-    rows = study.votes.rows(); out = [f"<h1>{_many(len(rows), 'vote')} of {_many(len({r['voter'] for r in rows}), 'voter')}</h1>"]
+    rows = study.votes.rows()
+    out = [
+        f"<h1>{_many(len(rows), 'vote')} of {_many(len({r['voter'] for r in rows}), 'voter')}</h1>"
+    ]
     for q in study.questions:
-        if mine := [r for r in rows if r["question"] == q]: out.append(_section(q, mine))
-    if not rows: out.append("<p>Nobody has voted yet.</p>")
+        if mine := [r for r in rows if r["question"] == q]:
+            out.append(_section(q, mine))
+    if not rows:
+        out.append("<p>Nobody has voted yet.</p>")
     else:
-        a, s = agreement(rows), side_bias(rows); said = "No pair was seen by two voters, so agreement is not known." if a["alpha"] is None else f"Agreement: Krippendorff's alpha {a['alpha']:.2f} over {_many(a['pairs'], 'pair')} seen by two voters or more."
-        side = "" if s["left"] is None else f" Left was chosen in {s['left']:.0%} of votes for a side (p = {s['p']:.2f} for a fair coin)."
-        out.append(f'<h2>Can the votes be trusted?</h2><p>{said}{side}</p><p><a href="votes.csv?key={_E(study.votes.know("results_key"))}">All votes as CSV</a></p>')
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Results</title><link rel="icon" href="data:,"><link rel="stylesheet" href="study.css"></head>'
-            f'<body><main class="results">{"".join(out)}</main></body></html>')
+        a, s = agreement(rows), side_bias(rows)
+        said = (
+            "No pair was seen by two voters, so agreement is not known."
+            if a["alpha"] is None
+            else f"Agreement: Krippendorff's alpha {a['alpha']:.2f} over {_many(a['pairs'], 'pair')} seen by two voters or more."
+        )
+        side = (
+            ""
+            if s["left"] is None
+            else f" Left was chosen in {s['left']:.0%} of votes for a side (p = {s['p']:.2f} for a fair coin)."
+        )
+        out.append(
+            f'<h2>Can the votes be trusted?</h2><p>{said}{side}</p><p><a href="votes.csv?key={_E(study.votes.know("results_key"))}">All votes as CSV</a></p>'
+        )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Results</title><link rel="icon" href="data:,"><link rel="stylesheet" href="study.css"></head>'
+        f'<body><main class="results">{"".join(out)}</main></body></html>'
+    )
 
 # %% ../nbs/08_study.ipynb #d6ad7aa6
-def make_set(runs,   # run folders or Hub ids; "base" among them for the base
-             folder, # where pictures go
-             n=20,   # prompts
-             seed=0): # of the noise
+def make_set(
+    runs,  # run folders or Hub ids; "base" among them for the base
+    folder,  # where pictures go
+    n=20,  # prompts
+    seed=0,
+):  # of the noise
     "Draw a study's pictures with the runs' own sampling settings, on held-out prompts. Raises what `load_models` raises."
-    from masked_ldm.evaluate import held_out   # here, so that a finished set is served without loading diffusers
+    from masked_ldm.evaluate import (
+        held_out,
+    )  # here, so that a finished set is served without loading diffusers
     from masked_ldm.sample import find_run, load_models, picture_set
+
     mine = [r for r in runs if r != "base"]
-    if not mine: raise ValueError("a study needs a run folder beside the base")
+    if not mine:
+        raise ValueError("a study needs a run folder beside the base")
     models = load_models(mine)
-    if "base" not in runs and len(mine) > 1: del models["base"]
-    read = lambda f: json.loads(f.read_text()) if f.is_file() else {}; run = find_run(mine[0]); config = read(run/"config.json"); data = held_out(config, read(run/"data.json"), n, 1)
-    picture_set(models, data.prompts, folder, seed, steps=20, scheduler="dpm", guidance=config.get("guidance_scale", 3.)); return Path(folder)
+    if "base" not in runs and len(mine) > 1:
+        del models["base"]
+
+    def read(f):
+        return json.loads(f.read_text()) if f.is_file() else {}
+
+    run = find_run(mine[0])
+    config = read(run / "config.json")
+    data = held_out(config, read(run / "data.json"), n, 1)
+    picture_set(
+        models,
+        data.prompts,
+        folder,
+        seed,
+        steps=20,
+        scheduler="dpm",
+        guidance=config.get("guidance_scale", 3.0),
+    )
+    return Path(folder)
 
 # %% ../nbs/08_study.ipynb #0054b0ff
-def _told(study, host, port): # what is printed where the study is served
-    at = own_addresses() + [socket.gethostname()] if (open_to_all := host in ("0.0.0.0", "::")) else [host]; urls = [f"http://{f'[{a}]' if ':' in a else a}:{port}" for a in at]; key = study.votes.know("results_key")
-    return (f"vote:    {'/  or  '.join(urls)}/\nresults: {urls[0]}/results?key={key}\nCSV:     {urls[0]}/votes.csv?key={key}\nvotes are kept in {study.folder/'votes.sqlite'}; Ctrl-C stops"
-            + ("; whoever reaches this address can vote" if open_to_all else ""))
+def _told(study, host, port):  # what is printed where the study is served
+    at = (
+        own_addresses() + [socket.gethostname()]
+        if (open_to_all := host in ("0.0.0.0", "::"))
+        else [host]
+    )
+    urls = [f"http://{f'[{a}]' if ':' in a else a}:{port}" for a in at]
+    key = study.votes.know("results_key")
+    return (
+        f"vote:    {'/  or  '.join(urls)}/\nresults: {urls[0]}/results?key={key}\nCSV:     {urls[0]}/votes.csv?key={key}\nvotes are kept in {study.folder / 'votes.sqlite'}; Ctrl-C stops"
+        + ("; whoever reaches this address can vote" if open_to_all else "")
+    )
 
-def main(argv=None): # command line; None: sys.argv
+
+def main(argv=None):  # command line; None: sys.argv
     "Serve a blind comparison of runs, or of the pictures of an evaluation."
-    ap = argparse.ArgumentParser(prog="masked-ldm-study", description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("runs", nargs="+", help="run folders or Hub ids ('base' among them for the base), or one folder of an evaluation"); ap.add_argument("--folder", default="runs/study", help="where pictures and votes go")
-    ap.add_argument("--n", type=int, default=20, help="prompts asked about: each is a page for every two models and question"); ap.add_argument("--seed", type=int, default=0, help="of the noise"); ap.add_argument("--questions", nargs="+", default=["overall"], choices=list(QUESTIONS), help="asked of every pair")
-    ap.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in the network vote"); ap.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name under which this computer is reached; may be given several times")
-    ap.add_argument("--port", type=int, default=8765); ap.add_argument("--results", action="store_true", help="print the votes as CSV and stop"); a = ap.parse_args(argv)
+    ap = argparse.ArgumentParser(
+        prog="masked-ldm-study",
+        description=main.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    ap.add_argument(
+        "runs",
+        nargs="+",
+        help="run folders or Hub ids ('base' among them for the base), or one folder of an evaluation",
+    )
+    ap.add_argument("--folder", default="runs/study", help="where pictures and votes go")
+    ap.add_argument(
+        "--n",
+        type=int,
+        default=20,
+        help="prompts asked about: each is a page for every two models and question",
+    )
+    ap.add_argument("--seed", type=int, default=0, help="of the noise")
+    ap.add_argument(
+        "--questions",
+        nargs="+",
+        default=["overall"],
+        choices=list(QUESTIONS),
+        help="asked of every pair",
+    )
+    ap.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets others in the network vote")
+    ap.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which this computer is reached; may be given several times",
+    )
+    ap.add_argument("--port", type=int, default=8765)
+    ap.add_argument("--results", action="store_true", help="print the votes as CSV and stop")
+    a = ap.parse_args(argv)
     try:
         import uvicorn
-        if a.n < 1: raise ValueError(f"--n must be 1 prompt or more, not {a.n}")
-        if not 0 < a.port < 65536: raise ValueError(f"--port must be 1 to 65535, not {a.port}")
-        ready = len(a.runs) == 1 and (Path(a.runs[0])/"set.json").is_file(); study = Study(a.runs[0] if ready else make_set(a.runs, a.folder, a.n, a.seed), a.questions, a.n)
-        if a.results: print(study.votes.csv(), end=""); return
+
+        if a.n < 1:
+            raise ValueError(f"--n must be 1 prompt or more, not {a.n}")
+        if not 0 < a.port < 65536:
+            raise ValueError(f"--port must be 1 to 65535, not {a.port}")
+        ready = len(a.runs) == 1 and (Path(a.runs[0]) / "set.json").is_file()
+        study = Study(
+            a.runs[0] if ready else make_set(a.runs, a.folder, a.n, a.seed), a.questions, a.n
+        )
+        if a.results:
+            print(study.votes.csv(), end="")
+            return
         app = create_app(study, a.allow_host)
-    except ImportError as e: raise SystemExit(f"masked-ldm-study: {e}" if "masked_ldm[study]" in str(e) else "masked-ldm-study: the study page needs uvicorn and Starlette: pip install 'masked_ldm[study]'")
-    except (OSError, ValueError) as e: raise SystemExit(f"masked-ldm-study: {e}")
-    print(_told(study, a.host, a.port), flush=True); uvicorn.run(app, host=a.host, port=a.port, log_level="warning", access_log=False)
+    except ImportError as e:
+        raise SystemExit(
+            f"masked-ldm-study: {e}"
+            if "masked_ldm[study]" in str(e)
+            else "masked-ldm-study: the study page needs uvicorn and Starlette: pip install 'masked_ldm[study]'"
+        )
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"masked-ldm-study: {e}")
+    print(_told(study, a.host, a.port), flush=True)
+    uvicorn.run(app, host=a.host, port=a.port, log_level="warning", access_log=False)

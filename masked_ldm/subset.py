@@ -10,7 +10,9 @@ __all__ = ['Rule', 'allowed_licenses', 'most_area', 'describe_image', 'select_pi
 import math
 from collections import Counter
 from dataclasses import dataclass
+
 from pycocotools import mask as rle
+
 from .coco import check_overlap, check_segmentation, no_gc, read_coco, to_rle
 from .show import progress
 
@@ -18,151 +20,282 @@ from .show import progress
 @dataclass(frozen=True)
 class Rule:
     "Which pictures are kept."
-    min_area: float = .05     # share of the picture that people must cover, 0 to 1
+
+    min_area: float = 0.05  # share of the picture that people must cover, 0 to 1
     area_rule: str = "union"  # "union" of the people's masks, or "sum" of their annotated areas
-    min_person: float = 0.    # share of the picture that the largest person must cover
-    min_faces: int = 0        # faces that must be found
-    crowd: str = "ignore"     # "ignore" crowd regions, or "drop" pictures that have one
-    licenses: tuple = None    # ids or names of the licences that are allowed; None: all
-    need_caption: bool = True # drop pictures without a caption
+    min_person: float = 0.0  # share of the picture that the largest person must cover
+    min_faces: int = 0  # faces that must be found
+    crowd: str = "ignore"  # "ignore" crowd regions, or "drop" pictures that have one
+    licenses: tuple = None  # ids or names of the licences that are allowed; None: all
+    need_caption: bool = True  # drop pictures without a caption
 
     def __post_init__(self):
         for k in ("min_area", "min_person"):
-            if not 0 <= getattr(self, k) <= 1: raise ValueError(f"{k} must be a share of the picture, 0 to 1, not {getattr(self, k)}")
+            if not 0 <= getattr(self, k) <= 1:
+                raise ValueError(
+                    f"{k} must be a share of the picture, 0 to 1, not {getattr(self, k)}"
+                )
         for k, ok in (("area_rule", ("union", "sum")), ("crowd", ("ignore", "drop"))):
-            if getattr(self, k) not in ok: raise ValueError(f"{k} must be one of {', '.join(ok)}, not {getattr(self, k)!r}")
-        if self.min_faces < 0: raise ValueError(f"min_faces must be 0 or more, not {self.min_faces}")
-        if self.licenses is not None: object.__setattr__(self, "licenses", tuple(self.licenses))
+            if getattr(self, k) not in ok:
+                raise ValueError(f"{k} must be one of {', '.join(ok)}, not {getattr(self, k)!r}")
+        if self.min_faces < 0:
+            raise ValueError(f"min_faces must be 0 or more, not {self.min_faces}")
+        if self.licenses is not None:
+            object.__setattr__(self, "licenses", tuple(self.licenses))
 
 # %% ../nbs/01g_subset.ipynb #e31870f1
-def allowed_licenses(rule,     # `Rule`
-                     licenses, # {id: name} of the data set
-                    ): # set of ids, or None for all
+def allowed_licenses(
+    rule,  # `Rule`
+    licenses,  # {id: name} of the data set
+):  # set of ids, or None for all
     "The licence ids that a rule lets pass. Raises ValueError for one that the data set does not know."
-    if rule.licenses is None: return None
+    if rule.licenses is None:
+        return None
     ids = {str(k): k for k in licenses} | {n: k for k, n in licenses.items()}
     for l in rule.licenses:
-        if str(l) not in ids: raise ValueError(f"licenses: {l!r} is none of this data set's: {'; '.join(f'{k} = {n}' for k, n in licenses.items())}")
+        if str(l) not in ids:
+            raise ValueError(
+                f"licenses: {l!r} is none of this data set's: {'; '.join(f'{k} = {n}' for k, n in licenses.items())}"
+            )
     return {ids[str(l)] for l in rule.licenses}
 
 # %% ../nbs/01g_subset.ipynb #dd4b4ead
-def most_area(seg): # checked COCO `segmentation`
+def most_area(seg):  # checked COCO `segmentation`
     "At least the pixels of a mask, without drawing it."
-    if isinstance(seg, dict): return math.inf
-    return sum((max(p[0::2]) - min(p[0::2]) + 2)*(max(p[1::2]) - min(p[1::2]) + 2) for p in seg)
+    if isinstance(seg, dict):
+        return math.inf
+    return sum((max(p[0::2]) - min(p[0::2]) + 2) * (max(p[1::2]) - min(p[1::2]) + 2) for p in seg)
 
 # %% ../nbs/01g_subset.ipynb #078a3c02
-def _finite(v): # a finite number that floats can hold?
+def _finite(v):  # a finite number that floats can hold?
     return type(v) in (int, float) and -1e300 < v < 1e300
 
-def _numbers(v, n): # n finite numbers?
+
+def _numbers(v, n):  # n finite numbers?
     return isinstance(v, (list, tuple)) and len(v) == n and all(map(_finite, v))
+
 
 def _person(a, h, w):
     "A manifest's record of one person, from a checked annotation, and what else was wrong with it or None."
-    seg, kp, box, area, wrong = to_rle(a["segmentation"], h, w), a.get("keypoints"), a.get("bbox"), a.get("area"), []
-    if kp is not None and not _numbers(kp, 51): wrong.append(f"keypoints that are not 51 numbers ({len(kp) if isinstance(kp, list) else type(kp).__name__}); none are used"); kp = None
-    if box is not None and not (_numbers(box, 4) and min(box[2:]) >= 0): wrong.append("bbox that is not x, y, width, height; the mask's is used"); box = None
-    if area is not None and not (_finite(area) and area >= 0): wrong.append("area that is no number of 0 or more; the mask's is used"); area = None
-    box, area = rle.toBbox(seg).tolist() if box is None else box, rle.area(seg) if area is None else area
-    return dict(id=a["id"], segmentation=seg, iscrowd=int(bool(a.get("iscrowd"))), bbox=[float(v) for v in box], area=float(area), keypoints=[float(v) for v in kp or [0]*51]), "; ".join(wrong) or None
+    seg, kp, box, area, wrong = (
+        to_rle(a["segmentation"], h, w),
+        a.get("keypoints"),
+        a.get("bbox"),
+        a.get("area"),
+        [],
+    )
+    if kp is not None and not _numbers(kp, 51):
+        wrong.append(
+            f"keypoints that are not 51 numbers ({len(kp) if isinstance(kp, list) else type(kp).__name__}); none are used"
+        )
+        kp = None
+    if box is not None and not (_numbers(box, 4) and min(box[2:]) >= 0):
+        wrong.append("bbox that is not x, y, width, height; the mask's is used")
+        box = None
+    if area is not None and not (_finite(area) and area >= 0):
+        wrong.append("area that is no number of 0 or more; the mask's is used")
+        area = None
+    box, area = (
+        rle.toBbox(seg).tolist() if box is None else box,
+        rle.area(seg) if area is None else area,
+    )
+    return dict(
+        id=a["id"],
+        segmentation=seg,
+        iscrowd=int(bool(a.get("iscrowd"))),
+        bbox=[float(v) for v in box],
+        area=float(area),
+        keypoints=[float(v) for v in kp or [0] * 51],
+    ), "; ".join(wrong) or None
+
 
 def _face(a, h, w):
     "What is wrong with an annotation's `face_box`, or None."
-    if not a.get("face_valid"): return None
-    if not (_numbers(box := a.get("face_box"), 4) and min(box[2:]) > 0): return "face_box that is not x, y, width, height; it is left out"
+    if not a.get("face_valid"):
+        return None
+    if not (_numbers(box := a.get("face_box"), 4) and min(box[2:]) > 0):
+        return "face_box that is not x, y, width, height; it is left out"
     x, y, bw, bh = box
-    return None if x < w and y < h and x+bw > 0 and y+bh > 0 else "face_box outside the picture; it is left out"
+    return (
+        None
+        if x < w and y < h and x + bw > 0 and y + bh > 0
+        else "face_box outside the picture; it is left out"
+    )
 
 # %% ../nbs/01g_subset.ipynb #a0da70d4
 def _usable(anns, h, w):
     "(annotations that C code may see, [(annotation id, what is wrong with the mask)])."
     ok, bad = [], []
     for a in anns:
-        try: check_segmentation(a.get("segmentation"), h, w); ok.append(a)
-        except ValueError as e: bad.append((a["id"], str(e)))
+        try:
+            check_segmentation(a.get("segmentation"), h, w)
+            ok.append(a)
+        except ValueError as e:
+            bad.append((a["id"], str(e)))
     return ok, bad
 
-def describe_image(im,       # COCO image record
-                   anns,     # its person annotations
-                   captions, # its captions
-                   rule=Rule(), # which pictures are kept
-                   allowed=None, # licence ids, from `allowed_licenses`
-                  ): # (manifest row or None, reason it is dropped or None, [(annotation id, what is wrong with it)])
+
+def describe_image(
+    im,  # COCO image record
+    anns,  # its person annotations
+    captions,  # its captions
+    rule=Rule(),  # which pictures are kept
+    allowed=None,  # licence ids, from `allowed_licenses`
+):  # (manifest row or None, reason it is dropped or None, [(annotation id, what is wrong with it)])
     "One picture under the rule; `area_fraction` is not rounded."
-    h, w = im["height"], im["width"]; ok, bad = _usable(anns, h, w); own = [a for a in ok if not a.get("iscrowd")]
-    if not anns: return None, "no person", bad
-    if allowed is not None and im.get("license") not in allowed: return None, "licence not allowed", bad
-    if rule.crowd == "drop" and any(a.get("iscrowd") for a in anns): return None, "crowd region", bad
-    if not own: return None, "only crowds" if ok else "no usable mask", bad
-    if rule.area_rule == "union" and sum(most_area(a["segmentation"]) for a in own)/(h*w) < rule.min_area: return None, "people below min_area", bad
+    h, w = im["height"], im["width"]
+    ok, bad = _usable(anns, h, w)
+    own = [a for a in ok if not a.get("iscrowd")]
+    if not anns:
+        return None, "no person", bad
+    if allowed is not None and im.get("license") not in allowed:
+        return None, "licence not allowed", bad
+    if rule.crowd == "drop" and any(a.get("iscrowd") for a in anns):
+        return None, "crowd region", bad
+    if not own:
+        return None, "only crowds" if ok else "no usable mask", bad
+    if (
+        rule.area_rule == "union"
+        and sum(most_area(a["segmentation"]) for a in own) / (h * w) < rule.min_area
+    ):
+        return None, "people below min_area", bad
     people = []
     for a in ok:
-        try: p, wrong = _person(a, h, w); people.append(p)
-        except ValueError as e: wrong = str(e)
-        if wrong: bad.append((a["id"], wrong))
+        try:
+            p, wrong = _person(a, h, w)
+            people.append(p)
+        except ValueError as e:
+            wrong = str(e)
+        if wrong:
+            bad.append((a["id"], wrong))
     own = [p for p in people if not p["iscrowd"]]
-    if not own: return None, "only crowds" if people else "no usable mask", bad
-    areas = [float(rle.area(p["segmentation"])) for p in own] if rule.area_rule == "union" or rule.min_person else [0.]
-    area = sum(p["area"] for p in own) if rule.area_rule == "sum" else areas[0] if len(own) == 1 else float(rle.area(rle.merge([p["segmentation"] for p in own])))
-    if area/(h*w) < rule.min_area: return None, "people below min_area", bad
-    if max(areas) < rule.min_person*h*w: return None, "largest person below min_person", bad
-    if not captions and rule.need_caption: return None, "no caption", bad
-    return dict(image_id=im["id"], width=w, height=h, license=im.get("license", 0), captions=captions, people=people, area_fraction=area/(h*w)), None, bad
+    if not own:
+        return None, "only crowds" if people else "no usable mask", bad
+    areas = (
+        [float(rle.area(p["segmentation"])) for p in own]
+        if rule.area_rule == "union" or rule.min_person
+        else [0.0]
+    )
+    area = (
+        sum(p["area"] for p in own)
+        if rule.area_rule == "sum"
+        else areas[0]
+        if len(own) == 1
+        else float(rle.area(rle.merge([p["segmentation"] for p in own])))
+    )
+    if area / (h * w) < rule.min_area:
+        return None, "people below min_area", bad
+    if max(areas) < rule.min_person * h * w:
+        return None, "largest person below min_person", bad
+    if not captions and rule.need_caption:
+        return None, "no caption", bad
+    return (
+        dict(
+            image_id=im["id"],
+            width=w,
+            height=h,
+            license=im.get("license", 0),
+            captions=captions,
+            people=people,
+            area_fraction=area / (h * w),
+        ),
+        None,
+        bad,
+    )
 
 # %% ../nbs/01g_subset.ipynb #47914dc4
 def _select(root, split, rule):
     "`select_pictures` without rounding."
-    s = read_coco(root, split); check_overlap(s.images, root, "val" if split == "train" else "train"); allowed = allowed_licenses(rule, s.licenses); rows, dropped, bad = [], Counter(), []
+    s = read_coco(root, split)
+    check_overlap(s.images, root, "val" if split == "train" else "train")
+    allowed = allowed_licenses(rule, s.licenses)
+    rows, dropped, bad = [], Counter(), []
     for im in progress(s.images, f"annotations {split}"):
-        anns = s.people.pop(im["id"], []); row, why, wrong = describe_image(im, anns, s.captions.pop(im["id"], []), rule, allowed); at = im["height"], im["width"]
-        faces = {a["id"]: _face(a, *at) for a in anns if "face_box" in a}; wrong += [(k, t) for k, t in faces.items() if t]; bad += [dict(file=s.path.name, annotation=k, wrong=t) for k, t in wrong]
-        if not row: dropped[why] += 1; continue
-        row.update(file_name=im["file_name"], license_name=s.licenses.get(row["license"], "unknown"), url=im.get("coco_url"))
-        if faces: row["face_boxes"] = [a["face_box"] for a in anns if a.get("face_valid") and a["id"] in faces and not faces[a["id"]]]
+        anns = s.people.pop(im["id"], [])
+        row, why, wrong = describe_image(im, anns, s.captions.pop(im["id"], []), rule, allowed)
+        at = im["height"], im["width"]
+        faces = {a["id"]: _face(a, *at) for a in anns if "face_box" in a}
+        wrong += [(k, t) for k, t in faces.items() if t]
+        bad += [dict(file=s.path.name, annotation=k, wrong=t) for k, t in wrong]
+        if not row:
+            dropped[why] += 1
+            continue
+        row.update(
+            file_name=im["file_name"],
+            license_name=s.licenses.get(row["license"], "unknown"),
+            url=im.get("coco_url"),
+        )
+        if faces:
+            row["face_boxes"] = [
+                a["face_box"]
+                for a in anns
+                if a.get("face_valid") and a["id"] in faces and not faces[a["id"]]
+            ]
         rows.append(row)
-    return rows, dict(pictures=len(s.images), dropped=dict(sorted(dropped.items())), bad_annotations=bad)
+    return rows, dict(
+        pictures=len(s.images), dropped=dict(sorted(dropped.items())), bad_annotations=bad
+    )
+
 
 @no_gc()
-def select_pictures(root,          # COCO root
-                    split="train", # "train" or "val"
-                    rule=Rule(),   # which pictures are kept
-                   ): # (rows by image id, report: dict of pictures, dropped {reason: count}, bad_annotations)
+def select_pictures(
+    root,  # COCO root
+    split="train",  # "train" or "val"
+    rule=Rule(),  # which pictures are kept
+):  # (rows by image id, report: dict of pictures, dropped {reason: count}, bad_annotations)
     "The pictures of a split that its annotations let pass. Raises FileNotFoundError or ValueError that names file and annotation."
     rows, report = _select(root, split, rule)
-    for r in rows: r["area_fraction"] = round(r["area_fraction"], 6)
+    for r in rows:
+        r["area_fraction"] = round(r["area_fraction"], 6)
     return rows, report
 
 # %% ../nbs/01g_subset.ipynb #438d352a
 @no_gc()
-def area_shares(root, split="train", area_rule="union"): # COCO root; split; "union" or "sum"
+def area_shares(root, split="train", area_rule="union"):  # COCO root; split; "union" or "sum"
     "The sorted shares of the picture that people cover, one for each picture with a usable mask and a caption, largest first."
-    rows, _ = _select(root, split, Rule(0., area_rule))
+    rows, _ = _select(root, split, Rule(0.0, area_rule))
     return sorted((r["area_fraction"] for r in rows), reverse=True)
+
 
 def _between(lo, hi):
     "The shortest decimal number in (lo, hi]."
-    return next((v for d in range(1, 9) if lo < (v := math.floor(hi*10**d)/10**d) <= hi), hi)
+    return next((v for d in range(1, 9) if lo < (v := math.floor(hi * 10**d) / 10**d) <= hi), hi)
 
 # %% ../nbs/01g_subset.ipynb #d21fee11
-def calibrate_min_area(root,                               # COCO root
-                       wanted=dict(train=37470, val=1565), # pictures to keep, by split
-                       area_rule="union",                  # "union" or "sum"
-                      ): # {split: dict(min_area, kept, wanted, of, and for each other split at_{other}: pictures kept at its threshold, off_{other}: how far that is from wanted, as a share)}
+def calibrate_min_area(
+    root,  # COCO root
+    wanted=dict(train=37470, val=1565),  # pictures to keep, by split
+    area_rule="union",  # "union" or "sum"
+):  # {split: dict(min_area, kept, wanted, of, and for each other split at_{other}: pictures kept at its threshold, off_{other}: how far that is from wanted, as a share)}
     "The thresholds that keep the wanted numbers of pictures. Raises ValueError where a split has fewer."
     shares, out = {k: area_shares(root, k, area_rule) for k in wanted}, {}
     for k, n in wanted.items():
-        if not 0 < n <= len(shares[k]): raise ValueError(f"wanted {n} pictures of split {k}, which has {len(shares[k])} with people and a caption")
-        a = _between(shares[k][n] if n < len(shares[k]) else -1., shares[k][n-1]); out[k] = dict(min_area=a, kept=sum(v >= a for v in shares[k]), wanted=n, of=len(shares[k]))
+        if not 0 < n <= len(shares[k]):
+            raise ValueError(
+                f"wanted {n} pictures of split {k}, which has {len(shares[k])} with people and a caption"
+            )
+        a = _between(shares[k][n] if n < len(shares[k]) else -1.0, shares[k][n - 1])
+        out[k] = dict(min_area=a, kept=sum(v >= a for v in shares[k]), wanted=n, of=len(shares[k]))
     for k in out:
         for j in out:
-            if j != k: n = sum(v >= out[j]["min_area"] for v in shares[k]); out[k].update({f"at_{j}": n, f"off_{j}": round(n/wanted[k]-1, 4)})
+            if j != k:
+                n = sum(v >= out[j]["min_area"] for v in shares[k])
+                out[k].update({f"at_{j}": n, f"off_{j}": round(n / wanted[k] - 1, 4)})
     return out
 
 # %% ../nbs/01g_subset.ipynb #89f16077
-def tell_calibration(found, # from `calibrate_min_area`
-                    ): # text
+def tell_calibration(
+    found,  # from `calibrate_min_area`
+):  # text
     "What a calibration says, and how far its splits disagree."
-    lines = [f"{k}: min_area {v['min_area']} keeps {v['kept']:,} of {v['of']:,} pictures" for k, v in found.items()]
-    lines += [f"at {j}'s min_area {found[j]['min_area']}, {k} keeps {v[f'at_{j}']:,}, {abs(v[f'off_{j}']):.1%} {'more' if v[f'off_{j}'] >= 0 else 'fewer'} than wanted" for k, v in found.items() for j in found if j != k]
+    lines = [
+        f"{k}: min_area {v['min_area']} keeps {v['kept']:,} of {v['of']:,} pictures"
+        for k, v in found.items()
+    ]
+    lines += [
+        f"at {j}'s min_area {found[j]['min_area']}, {k} keeps {v[f'at_{j}']:,}, {abs(v[f'off_{j}']):.1%} {'more' if v[f'off_{j}'] >= 0 else 'fewer'} than wanted"
+        for k, v in found.items()
+        for j in found
+        if j != k
+    ]
     return "\n".join(lines)

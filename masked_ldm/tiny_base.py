@@ -8,15 +8,19 @@ __all__ = ['NETWORKS', 'FACTS', 'MIX', 'build_vae', 'build_unet', 'build_text_en
            'latent_bank', 'train_ldm', 'save_index', 'ship']
 
 # %% ../nbs/11_tiny_base.ipynb #4bb1c37a
-import hashlib, json
+import hashlib
+import json
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from diffusers.models.attention_processor import AttnProcessor
+
 from .critics import GROUPS, SCENE, Critic, FaceNet, to_pixels, train_critic, train_face
 from .fit import Fit
 from .masked_lpips import MaskedLPIPS, shrink_mask
@@ -26,196 +30,434 @@ from .show import progress
 # %% ../nbs/11_tiny_base.ipynb #aab7fe50
 def build_vae():
     "A small `AutoencoderKL`: 64x64 pixels to 4x16x16 latents."
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",)*3, up_block_types=("UpDecoderBlock2D",)*3, block_out_channels=(32, 64, 96),
-                         layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=64)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=64,
+    )
+
 
 def build_unet():
     "A small `UNet2DConditionModel` with cross-attention."
-    return UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(96, 160, 192), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
-                                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(96, 160, 192),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
-def build_text_encoder(tokenizer): # `CLIPTokenizer`
+
+def build_text_encoder(tokenizer):  # `CLIPTokenizer`
     "A small `CLIPTextModel` for a tokenizer's vocabulary."
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-                                        max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
 
 def build_scheduler():
     "Stable Diffusion's noise schedule."
-    return DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False, steps_offset=1, prediction_type="epsilon")
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
 
 # %% ../nbs/11_tiny_base.ipynb #93cf546a
-def build_tokenizer(texts): # captions to learn from
+def build_tokenizer(texts):  # captions to learn from
     "A `CLIPTokenizer` for the words of `texts`; other words are spelt."
     like, bpe = CLIPTokenizer()._tokenizer, Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = like.normalizer, like.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4096, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-                                                       special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False))
-    model = json.loads(bpe.to_str())["model"]; vocab = dict(model["vocab"])
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=4096,
+            min_frequency=2,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            show_progress=False,
+        ),
+    )
+    model = json.loads(bpe.to_str())["model"]
+    vocab = dict(model["vocab"])
     for c in alphabet:
-        for k in (c, c+"</w>"): vocab.setdefault(k, len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=77)
+        for k in (c, c + "</w>"):
+            vocab.setdefault(k, len(vocab))
+    return CLIPTokenizer(
+        vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=77
+    )
 
 # %% ../nbs/11_tiny_base.ipynb #e407e7d7
-NETWORKS = dict(perceptual=(Critic, 2, dict(widths=(32, 64, 96, 128), neck=64)), judge_perceptual=(Critic, 3, dict(widths=(24, 56, 96, 144), neck=72)),
-                face=(FaceNet, 4, dict(widths=(32, 64, 96))), judge_face=(FaceNet, 5, dict(widths=(24, 56, 104), dim=80)))  # class, seed, size
+NETWORKS = dict(
+    perceptual=(Critic, 2, dict(widths=(32, 64, 96, 128), neck=64)),
+    judge_perceptual=(Critic, 3, dict(widths=(24, 56, 96, 144), neck=72)),
+    face=(FaceNet, 4, dict(widths=(32, 64, 96))),
+    judge_face=(FaceNet, 5, dict(widths=(24, 56, 104), dim=80)),
+)  # class, seed, size
 
-def train_networks(root,  # folder of the base
-                   world, # from `world_arrays`, with some empty pictures
-                   other, # the same of other people, for the judges
-                   critic_steps, face_steps, # optimiser steps of each
-                   seed=0, **kw): # added to each network's own; for `train_critic` and `train_face`
+
+def train_networks(
+    root,  # folder of the base
+    world,  # from `world_arrays`, with some empty pictures
+    other,  # the same of other people, for the judges
+    critic_steps,
+    face_steps,  # optimiser steps of each
+    seed=0,
+    **kw,
+):  # added to each network's own; for `train_critic` and `train_face`
     "Train the four networks and save them to `root`."
     for name, (cls, own, size) in NETWORKS.items():
-        train, steps = (train_critic, critic_steps) if cls is Critic else (train_face, face_steps); train(Path(root)/name, other if name.startswith("judge") else world, steps, seed=seed+own, **size, **kw)
+        train, steps = (train_critic, critic_steps) if cls is Critic else (train_face, face_steps)
+        train(
+            Path(root) / name,
+            other if name.startswith("judge") else world,
+            steps,
+            seed=seed + own,
+            **size,
+            **kw,
+        )
 
 # %% ../nbs/11_tiny_base.ipynb #7b8800dd
-def _edges(x): return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+def _edges(x):
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
-def vae_loss(y, x, mean, logvar, face): # output and truth (B,3,H,W), posterior, face share (B,1,H,W)
+
+def vae_loss(
+    y, x, mean, logvar, face
+):  # output and truth (B,3,H,W), posterior, face share (B,1,H,W)
     "L1 of pixels and edges, four-fold in faces, plus 3e-4 KL."
-    w = 1 + 3*face
-    pixels = (w*(y-x).abs()).mean()
-    edges = sum((w[..., :a.shape[-2], :a.shape[-1]]*(a-b).abs()).mean() for a, b in zip(_edges(y), _edges(x)))
-    return pixels + edges + 3e-4*.5*(mean.square() + logvar.exp() - 1 - logvar).mean()
+    w = 1 + 3 * face
+    pixels = (w * (y - x).abs()).mean()
+    edges = sum(
+        (w[..., : a.shape[-2], : a.shape[-1]] * (a - b).abs()).mean()
+        for a, b in zip(_edges(y), _edges(x))
+    )
+    return pixels + edges + 3e-4 * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
-def looks_loss(maps, # of `MaskedLPIPS.maps`
-               face): # share of face (B,1,H,W)
+
+def looks_loss(
+    maps,  # of `MaskedLPIPS.maps`
+    face,
+):  # share of face (B,1,H,W)
     "LPIPS, six-fold in faces."
-    return sum(((1 + 5*shrink_mask(face, m.shape[-2:]))*m).mean() for m in maps)
+    return sum(((1 + 5 * shrink_mask(face, m.shape[-2:])) * m).mean() for m in maps)
 
 # %% ../nbs/11_tiny_base.ipynb #d5165708
-def train_vae(root,  # folder of the base, with its critic `perceptual`; the checkpoint is written beside
-              world, # from `world_arrays`
-              steps, # optimiser steps
-              batch=24, # pictures a step
-              seed=0,   # of weights and order
-              device="cpu", # to train on
-              start="",     # folder of a base whose autoencoder goes on; "" begins anew
-             ): # the average of the autoencoder
+def train_vae(
+    root,  # folder of the base, with its critic `perceptual`; the checkpoint is written beside
+    world,  # from `world_arrays`
+    steps,  # optimiser steps
+    batch=24,  # pictures a step
+    seed=0,  # of weights and order
+    device="cpu",  # to train on
+    start="",  # folder of a base whose autoencoder goes on; "" begins anew
+):  # the average of the autoencoder
     "Train the autoencoder and save its average, with the latents' scale, to `root/vae`."
-    pics, face, fast = world["pictures"], world["face"], torch.channels_last; torch.manual_seed(seed)
-    vae = AutoencoderKL.from_pretrained(Path(start)/"vae").float().train() if start else build_vae()
-    lpips = MaskedLPIPS(Critic.from_pretrained(Path(root)/"perceptual").float()).to(device, memory_format=fast)
-    fit = Fit(vae.to(device, memory_format=fast), steps, f"{root}-vae.ckpt", key=dict(seed=seed, batch=batch, pictures=len(pics), start=bool(start)), lr=4e-3 if start else 5e-3)
+    pics, face, fast = world["pictures"], world["face"], torch.channels_last
+    torch.manual_seed(seed)
+    vae = (
+        AutoencoderKL.from_pretrained(Path(start) / "vae").float().train() if start else build_vae()
+    )
+    lpips = MaskedLPIPS(Critic.from_pretrained(Path(root) / "perceptual").float()).to(
+        device, memory_format=fast
+    )
+    fit = Fit(
+        vae.to(device, memory_format=fast),
+        steps,
+        f"{root}-vae.ckpt",
+        key=dict(seed=seed, batch=batch, pictures=len(pics), start=bool(start)),
+        lr=4e-3 if start else 5e-3,
+    )
     for i in progress(fit.left, "autoencoder"):
-        rng = np.random.default_rng([seed, i]); g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        k = rng.integers(0, len(pics), batch); x, w = to_pixels(pics[k]), torch.from_numpy(face[k]).float()[:, None]/255
-        if rng.random() < .5: x, w = x.flip(-1), w.flip(-1)
+        rng = np.random.default_rng([seed, i])
+        g = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        k = rng.integers(0, len(pics), batch)
+        x, w = to_pixels(pics[k]), torch.from_numpy(face[k]).float()[:, None] / 255
+        if rng.random() < 0.5:
+            x, w = x.flip(-1), w.flip(-1)
         x, w = x.to(device, memory_format=fast), w.to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            d = vae.encode(x).latent_dist; y = vae.decode(d.mean + d.std*torch.randn(d.mean.shape, generator=g).to(device)).sample; maps = lpips.maps(y, x)
+            d = vae.encode(x).latent_dist
+            y = vae.decode(
+                d.mean + d.std * torch.randn(d.mean.shape, generator=g).to(device)
+            ).sample
+            maps = lpips.maps(y, x)
         fit.step(vae_loss(y.float(), x, d.mean.float(), d.logvar.float(), w) + looks_loss(maps, w))
-    with torch.no_grad(): z = torch.cat([fit.ema.encode(to_pixels(p).to(device)).latent_dist.mode() for p in np.array_split(pics[:2000], -(-min(len(pics), 2000)//100))])
-    fit.ema.register_to_config(scaling_factor=round(float(1/z.std()), 4)); fit.ema.save_pretrained(Path(root)/"vae")
+    with torch.no_grad():
+        z = torch.cat(
+            [
+                fit.ema.encode(to_pixels(p).to(device)).latent_dist.mode()
+                for p in np.array_split(pics[:2000], -(-min(len(pics), 2000) // 100))
+            ]
+        )
+    fit.ema.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
+    fit.ema.save_pretrained(Path(root) / "vae")
     return fit.ema
 
 # %% ../nbs/11_tiny_base.ipynb #b529eb38
-FACTS = [len(v) for v in SCENE.values()] + 3*[len(v) for v in GROUPS.values()]  # how many answers each question has
-MIX = (.5, .15, .15, .1, .1)                                                    # how often each of the five captions is used
+FACTS = [len(v) for v in SCENE.values()] + 3 * [
+    len(v) for v in GROUPS.values()
+]  # how many answers each question has
+MIX = (0.5, 0.15, 0.15, 0.1, 0.1)  # how often each of the five captions is used
 
-def facts(world): # from `world_arrays`
+
+def facts(world):  # from `world_arrays`
     "(n,42) long: place, light, number of people, 13 attributes of each person from left to right; -1 where there is nothing to say."
-    order = world["order"].astype(int); a = np.take_along_axis(world["attributes"], np.maximum(order, 0)[..., None], 1).astype(int)
-    a[order < 0] = -1; a[..., list(GROUPS).index("skin")] = -1   # no caption speaks of skin
+    order = world["order"].astype(int)
+    a = np.take_along_axis(world["attributes"], np.maximum(order, 0)[..., None], 1).astype(int)
+    a[order < 0] = -1
+    a[..., list(GROUPS).index("skin")] = -1  # no caption speaks of skin
     return torch.from_numpy(np.concatenate([world["scene"], a.reshape(len(a), -1)], 1)).long()
 
-def tokens(tok,    # `CLIPTokenizer`
-           texts): # captions
+
+def tokens(
+    tok,  # `CLIPTokenizer`
+    texts,
+):  # captions
     "(n,77) token numbers."
-    return torch.tensor(tok([str(s) for s in texts], padding="max_length", max_length=77, truncation=True).input_ids)
+    return torch.tensor(
+        tok([str(s) for s in texts], padding="max_length", max_length=77, truncation=True).input_ids
+    )
 
 # %% ../nbs/11_tiny_base.ipynb #c99695e3
-def train_text(root,  # folder of the base; the checkpoint is written beside
-               world, # from `world_arrays`
-               steps, # optimiser steps
-               batch=64, # captions a step
-               seed=6,   # of weights and order
-               device="cpu", # to train on
-              ): # the average of text encoder and its reading layer, {text, head}
+def train_text(
+    root,  # folder of the base; the checkpoint is written beside
+    world,  # from `world_arrays`
+    steps,  # optimiser steps
+    batch=64,  # captions a step
+    seed=6,  # of weights and order
+    device="cpu",  # to train on
+):  # the average of text encoder and its reading layer, {text, head}
     "Make a tokenizer, teach a text encoder to read, and save both to `root`."
-    root, caps, n = Path(root), world["captions"], len(world["captions"]); torch.manual_seed(seed); want = facts(world)
-    tok = build_tokenizer([str(s) for s in caps[:3000].ravel()]); tok.save_pretrained(root/"tokenizer"); text = build_text_encoder(tok)
-    model = nn.ModuleDict(dict(text=text, head=nn.Linear(text.config.hidden_size, sum(FACTS)))).to(device)
-    fit = Fit(model, steps, f"{root}-text.ckpt", plain=("embeddings", "head"), key=dict(seed=seed, batch=batch, captions=n))
+    root, caps, n = Path(root), world["captions"], len(world["captions"])
+    torch.manual_seed(seed)
+    want = facts(world)
+    tok = build_tokenizer([str(s) for s in caps[:3000].ravel()])
+    tok.save_pretrained(root / "tokenizer")
+    text = build_text_encoder(tok)
+    model = nn.ModuleDict(dict(text=text, head=nn.Linear(text.config.hidden_size, sum(FACTS)))).to(
+        device
+    )
+    fit = Fit(
+        model,
+        steps,
+        f"{root}-text.ckpt",
+        plain=("embeddings", "head"),
+        key=dict(seed=seed, batch=batch, captions=n),
+    )
     for i in progress(fit.left, "text encoder"):
-        rng = np.random.default_rng([seed, i]); k = rng.integers(0, n, batch); ids = tokens(tok, caps[k, rng.choice(5, batch, p=MIX)]).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16): said = model["head"](model["text"](ids).pooler_output).float().split(FACTS, 1)
-        fit.step(sum(F.cross_entropy(s, want[k, j].to(device), ignore_index=-1, reduction="sum") for j, s in enumerate(said))/batch)
-    fit.ema["text"].save_pretrained(root/"text_encoder")
+        rng = np.random.default_rng([seed, i])
+        k = rng.integers(0, n, batch)
+        ids = tokens(tok, caps[k, rng.choice(5, batch, p=MIX)]).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            said = model["head"](model["text"](ids).pooler_output).float().split(FACTS, 1)
+        fit.step(
+            sum(
+                F.cross_entropy(s, want[k, j].to(device), ignore_index=-1, reduction="sum")
+                for j, s in enumerate(said)
+            )
+            / batch
+        )
+    fit.ema["text"].save_pretrained(root / "text_encoder")
     return fit.ema
 
+
 @torch.no_grad()
-def reads(model, # from `train_text`
-          tok,   # `CLIPTokenizer`
-          world): # from `world_arrays`
+def reads(
+    model,  # from `train_text`
+    tok,  # `CLIPTokenizer`
+    world,
+):  # from `world_arrays`
     "{question: share of fullest captions read right}, for pictures of one person."
-    want = facts(world); one = want[:, 2] == 1; said = model["head"](model["text"](tokens(tok, world["captions"][:, 0])).pooler_output).split(FACTS, 1)
-    return {g: (s.argmax(1) == want[:, j])[one & (want[:, j] >= 0)].float().mean().item() for j, (g, s) in enumerate(zip((*SCENE, *GROUPS), said)) if g != "skin"}
+    want = facts(world)
+    one = want[:, 2] == 1
+    said = model["head"](model["text"](tokens(tok, world["captions"][:, 0])).pooler_output).split(
+        FACTS, 1
+    )
+    return {
+        g: (s.argmax(1) == want[:, j])[one & (want[:, j] >= 0)].float().mean().item()
+        for j, (g, s) in enumerate(zip((*SCENE, *GROUPS), said))
+        if g != "skin"
+    }
 
 # %% ../nbs/11_tiny_base.ipynb #b81817f1
 @torch.no_grad()
-def latent_bank(vae,  # `AutoencoderKL`
-                pics, # (n,64,64,3) uint8
-               ): # (2,n,2,4,16,16) half, on the CPU
+def latent_bank(
+    vae,  # `AutoencoderKL`
+    pics,  # (n,64,64,3) uint8
+):  # (2,n,2,4,16,16) half, on the CPU
     "Mean and deviation of every picture's latents, plain and flipped."
-    def enc(x): d = vae.encode(x.to(vae.device)).latent_dist; return torch.stack([d.mean, d.std], 1).half().cpu()
-    return torch.stack([torch.cat([enc(to_pixels(p).flip(-1) if f else to_pixels(p)) for p in np.array_split(pics, -(-len(pics)//100))]) for f in (0, 1)])
 
-def _folder_sha(path): return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(path).glob("*.safetensors")))).hexdigest()
+    def enc(x):
+        d = vae.encode(x.to(vae.device)).latent_dist
+        return torch.stack([d.mean, d.std], 1).half().cpu()
+
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    enc(to_pixels(p).flip(-1) if f else to_pixels(p))
+                    for p in np.array_split(pics, -(-len(pics) // 100))
+                ]
+            )
+            for f in (0, 1)
+        ]
+    )
+
+
+def _folder_sha(path):
+    return hashlib.sha256(
+        b"".join(p.read_bytes() for p in sorted(Path(path).glob("*.safetensors")))
+    ).hexdigest()
 
 # %% ../nbs/11_tiny_base.ipynb #60d629fd
-def train_ldm(root,  # folder of the base, with its `vae`, `tokenizer` and `text_encoder`; the checkpoint is written beside
-              world, # from `world_arrays`
-              steps, # optimiser steps
-              batch=64, # pictures a step
-              seed=1,   # of weights and order
-              device="cpu", # to train on
-              start="",     # folder of a base whose UNet goes on; "" begins anew
-              look=None,    # function of (step, average of the UNet), called every 200 steps: samples over training
-             ): # the average of the UNet
+def train_ldm(
+    root,  # folder of the base, with its `vae`, `tokenizer` and `text_encoder`; the checkpoint is written beside
+    world,  # from `world_arrays`
+    steps,  # optimiser steps
+    batch=64,  # pictures a step
+    seed=1,  # of weights and order
+    device="cpu",  # to train on
+    start="",  # folder of a base whose UNet goes on; "" begins anew
+    look=None,  # function of (step, average of the UNet), called every 200 steps: samples over training
+):  # the average of the UNet
     "Train the UNet on the latents and frozen text embeddings, and save it, with the scheduler, to `root`."
-    root, caps, n, fast = Path(root), world["captions"], len(world["captions"]), torch.channels_last; torch.manual_seed(seed); sched = build_scheduler()
-    frozen = lambda cls, name: cls.from_pretrained(root/name).float().eval().requires_grad_(False).to(device)
-    tok, text, vae = CLIPTokenizer.from_pretrained(root/"tokenizer"), frozen(CLIPTextModel, "text_encoder"), frozen(AutoencoderKL, "vae")
-    unet = UNet2DConditionModel.from_pretrained(Path(start)/"unet").float().train() if start else build_unet()
-    if device == "cpu": unet.set_attn_processor(AttnProcessor())   # there a step is a fifth faster than with PyTorch's own attention
-    key = dict(seed=seed, batch=batch, pictures=n, start=bool(start), vae=_folder_sha(root/"vae"), text=_folder_sha(root/"text_encoder"))
-    fit = Fit(unet.to(device, memory_format=fast), steps, f"{root}-ldm.ckpt", plain=("conv_in", "conv_out"), key=key)
-    if not fit.left and (root/"scheduler").exists(): return fit.ema
-    bank, scale = latent_bank(vae, world["pictures"]), vae.config.scaling_factor; ids, empty = tokens(tok, caps.ravel()).view(n, 5, 77), tokens(tok, [""])
+    root, caps, n, fast = Path(root), world["captions"], len(world["captions"]), torch.channels_last
+    torch.manual_seed(seed)
+    sched = build_scheduler()
+
+    def frozen(cls, name):
+        return cls.from_pretrained(root / name).float().eval().requires_grad_(False).to(device)
+
+    tok, text, vae = (
+        CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        frozen(CLIPTextModel, "text_encoder"),
+        frozen(AutoencoderKL, "vae"),
+    )
+    unet = (
+        UNet2DConditionModel.from_pretrained(Path(start) / "unet").float().train()
+        if start
+        else build_unet()
+    )
+    if device == "cpu":
+        unet.set_attn_processor(
+            AttnProcessor()
+        )  # there a step is a fifth faster than with PyTorch's own attention
+    key = dict(
+        seed=seed,
+        batch=batch,
+        pictures=n,
+        start=bool(start),
+        vae=_folder_sha(root / "vae"),
+        text=_folder_sha(root / "text_encoder"),
+    )
+    fit = Fit(
+        unet.to(device, memory_format=fast),
+        steps,
+        f"{root}-ldm.ckpt",
+        plain=("conv_in", "conv_out"),
+        key=key,
+    )
+    if not fit.left and (root / "scheduler").exists():
+        return fit.ema
+    bank, scale = latent_bank(vae, world["pictures"]), vae.config.scaling_factor
+    ids, empty = tokens(tok, caps.ravel()).view(n, 5, 77), tokens(tok, [""])
     for i in progress(fit.left, "diffusion"):
-        rng = np.random.default_rng([seed, i]); g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        k, flip = torch.from_numpy(rng.integers(0, n, batch)), torch.from_numpy(rng.integers(0, 2, batch)); d = bank[flip, k].float()
-        z = (d[:, 0] + d[:, 1]*torch.randn(d[:, 0].shape, generator=g))*scale; eps, t = torch.randn(z.shape, generator=g), torch.randint(0, 1000, (batch,), generator=g)
-        words = ids[k, torch.from_numpy(rng.choice(5, batch, p=MIX))]; words = torch.where(torch.from_numpy(rng.random(batch) < .1)[:, None], empty, words)
-        x_t, w = sched.add_noise(z, eps, t).to(device, memory_format=fast), error_gain(sched, t).clamp(max=5).float().to(device)
-        with torch.no_grad(): emb = text(words.to(device)).last_hidden_state
-        with torch.autocast(torch.device(device).type, torch.bfloat16): out = fit.model(x_t, t.to(device), emb).sample
-        error = F.mse_loss(out.float(), eps.to(device), reduction="none").mean((1, 2, 3)); fit.step((w*error).sum()/w.sum())
-        if look and fit.i % 200 == 0: look(fit.i, fit.ema)
-    fit.ema.save_pretrained(root/"unet"); sched.save_pretrained(root/"scheduler")
+        rng = np.random.default_rng([seed, i])
+        g = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        k, flip = (
+            torch.from_numpy(rng.integers(0, n, batch)),
+            torch.from_numpy(rng.integers(0, 2, batch)),
+        )
+        d = bank[flip, k].float()
+        z = (d[:, 0] + d[:, 1] * torch.randn(d[:, 0].shape, generator=g)) * scale
+        eps, t = torch.randn(z.shape, generator=g), torch.randint(0, 1000, (batch,), generator=g)
+        words = ids[k, torch.from_numpy(rng.choice(5, batch, p=MIX))]
+        words = torch.where(torch.from_numpy(rng.random(batch) < 0.1)[:, None], empty, words)
+        x_t, w = (
+            sched.add_noise(z, eps, t).to(device, memory_format=fast),
+            error_gain(sched, t).clamp(max=5).float().to(device),
+        )
+        with torch.no_grad():
+            emb = text(words.to(device)).last_hidden_state
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            out = fit.model(x_t, t.to(device), emb).sample
+        error = F.mse_loss(out.float(), eps.to(device), reduction="none").mean((1, 2, 3))
+        fit.step((w * error).sum() / w.sum())
+        if look and fit.i % 200 == 0:
+            look(fit.i, fit.ema)
+    fit.ema.save_pretrained(root / "unet")
+    sched.save_pretrained(root / "scheduler")
     return fit.ema
 
 # %% ../nbs/11_tiny_base.ipynb #9e39d24f
-def save_index(root): # folder that holds the five parts
+def save_index(root):  # folder that holds the five parts
     "Write the file by which `StableDiffusionPipeline.from_pretrained` opens the folder."
     none, own = [None, None], lambda lib, cls: [lib, cls]
-    index = dict(_class_name="StableDiffusionPipeline", _diffusers_version="0.36.0", feature_extractor=none, image_encoder=none, safety_checker=none, requires_safety_checker=False,
-                 scheduler=own("diffusers", "DDPMScheduler"), text_encoder=own("transformers", "CLIPTextModel"), tokenizer=own("transformers", "CLIPTokenizer"),
-                 unet=own("diffusers", "UNet2DConditionModel"), vae=own("diffusers", "AutoencoderKL"))
-    (Path(root)/"model_index.json").write_text(json.dumps(index, indent=2))
+    index = dict(
+        _class_name="StableDiffusionPipeline",
+        _diffusers_version="0.36.0",
+        feature_extractor=none,
+        image_encoder=none,
+        safety_checker=none,
+        requires_safety_checker=False,
+        scheduler=own("diffusers", "DDPMScheduler"),
+        text_encoder=own("transformers", "CLIPTextModel"),
+        tokenizer=own("transformers", "CLIPTokenizer"),
+        unet=own("diffusers", "UNet2DConditionModel"),
+        vae=own("diffusers", "AutoencoderKL"),
+    )
+    (Path(root) / "model_index.json").write_text(json.dumps(index, indent=2))
 
-def ship(root,   # folder of a trained base
-         to,     # folder of the package's assets
-         **card): # what its card says, beside the files' hashes
+
+def ship(
+    root,  # folder of a trained base
+    to,  # folder of the package's assets
+    **card,
+):  # what its card says, beside the files' hashes
     "Copy a base in half precision, without machine paths in its configs, and write its card."
     root, to = Path(root), Path(to)
-    for name, cls in dict(vae=AutoencoderKL, unet=UNet2DConditionModel, text_encoder=CLIPTextModel, **{k: v[0] for k, v in NETWORKS.items()}).items(): cls.from_pretrained(root/name).half().save_pretrained(to/name)
-    CLIPTokenizer.from_pretrained(root/"tokenizer").save_pretrained(to/"tokenizer"); DDPMScheduler.from_pretrained(root/"scheduler").save_pretrained(to/"scheduler"); save_index(to)
+    for name, cls in dict(
+        vae=AutoencoderKL,
+        unet=UNet2DConditionModel,
+        text_encoder=CLIPTextModel,
+        **{k: v[0] for k, v in NETWORKS.items()},
+    ).items():
+        cls.from_pretrained(root / name).half().save_pretrained(to / name)
+    CLIPTokenizer.from_pretrained(root / "tokenizer").save_pretrained(to / "tokenizer")
+    DDPMScheduler.from_pretrained(root / "scheduler").save_pretrained(to / "scheduler")
+    save_index(to)
     for p in to.glob("*/config.json"):
         body = {k: v for k, v in json.loads(p.read_text()).items() if k != "_name_or_path"}
-        if "dtype" in body: body["dtype"] = "float32"   # transformers would compute in the type it finds here
-        p.write_text(json.dumps(body, indent=2, sort_keys=True)+"\n")
-    card["sha256"] = {str(p.relative_to(to)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(to.rglob("*.safetensors"))}
-    (to/"card.json").write_text(json.dumps(card, indent=1)+"\n")
+        if "dtype" in body:
+            body["dtype"] = "float32"  # transformers would compute in the type it finds here
+        p.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+    card["sha256"] = {
+        str(p.relative_to(to)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(to.rglob("*.safetensors"))
+    }
+    (to / "card.json").write_text(json.dumps(card, indent=1) + "\n")

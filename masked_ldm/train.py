@@ -7,12 +7,24 @@ __all__ = ['SCHEMA', 'processes', 'run_folder', 'load_data', 'keyed_noise', 'loa
            'main']
 
 # %% ../nbs/05_train.ipynb #0a2169d4
-import argparse, contextlib, hashlib, json, math, os, signal, sys, time, typing, uuid
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import typing
+import uuid
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+
 from fastcore.basics import patch
+
 from .config import ConfigError, TrainConfig, told
 
 # %% ../nbs/05_train.ipynb #41c3ec54
@@ -23,9 +35,19 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
+
 from .budget import OutOfMemory, advice, announced, is_out_of_memory
 from .cache import LatentCache, build_cache, cache_folder
-from .checkpoint import Stopped, forget_locks, latest_checkpoint, load_checkpoint, lock, save_checkpoint, stop_requests, unlock
+from masked_ldm.checkpoint import (
+    Stopped,
+    forget_locks,
+    latest_checkpoint,
+    load_checkpoint,
+    lock,
+    save_checkpoint,
+    stop_requests,
+    unlock,
+)
 from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
 from .face_loss import FaceLoss
 from .judges import compare, format_metrics, judge_of_faces, judge_of_people, load_network
@@ -38,456 +60,1121 @@ from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .sharded import Whole, sharding
 from .show import picture_grid, progress
 from .speed import capped, compiled, dealt, make_optimizer, set_up, stratified_timesteps
-from .watch import Unimportant, check_tracker, model_card, plot_history, plot_verdict, provenance, push_to_hub, summarise
+from masked_ldm.watch import (
+    Unimportant,
+    check_tracker,
+    model_card,
+    plot_history,
+    plot_verdict,
+    provenance,
+    push_to_hub,
+    summarise,
+)
 
 # %% ../nbs/05_train.ipynb #b916722a
-def _on_cpu(): return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
+def _on_cpu():
+    return (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        or not torch.accelerator.is_available()
+    )
+
 
 def processes():
     "accelerate's `PartialState` of this run, which joins its processes; on the CPU where there is no accelerator, as torchrun starts them."
-    return PartialState(cpu=_on_cpu(), timeout=timedelta(hours=12))   # the others wait while one judges, draws or uploads; NCCL would end them after 10 minutes
+    return PartialState(
+        cpu=_on_cpu(), timeout=timedelta(hours=12)
+    )  # the others wait while one judges, draws or uploads; NCCL would end them after 10 minutes
 
-def run_folder(config): # `TrainConfig`
+
+def run_folder(config):  # `TrainConfig`
     "The folder of this run, made. Raises ConfigError if it already holds a run that is not resumed, or cannot be written."
-    if config.out_dir: path = Path(config.out_dir)
+    if config.out_dir:
+        path = Path(config.out_dir)
     else:
-        names = [f"runs/{config.preset}"] + [f"runs/{config.preset}-{i}" for i in range(2, 10000)]; free = [n for n in names if not (Path(n)/"config.json").is_file()]
-        path = Path(names[max(0, names.index(free[0])-1)] if config.resume == "latest" else free[0])
-    if (path/"config.json").is_file() and not config.resume: raise ConfigError(f"out_dir {path} already holds a run: name another folder, or pass resume='latest' to go on with it")
-    try: path.mkdir(parents=True, exist_ok=True); probe = path/f".write-{os.getpid()}"; probe.write_text(""); probe.unlink()
-    except OSError as e: raise ConfigError(f"out_dir {path} cannot be written: {e.strerror}") from None
+        names = [f"runs/{config.preset}"] + [f"runs/{config.preset}-{i}" for i in range(2, 10000)]
+        free = [n for n in names if not (Path(n) / "config.json").is_file()]
+        path = Path(
+            names[max(0, names.index(free[0]) - 1)] if config.resume == "latest" else free[0]
+        )
+    if (path / "config.json").is_file() and not config.resume:
+        raise ConfigError(
+            f"out_dir {path} already holds a run: name another folder, or pass resume='latest' to go on with it"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"out_dir {path} cannot be written: {e.strerror}") from None
     return path
 
 # %% ../nbs/05_train.ipynb #49a0e079
 def _manifest(config, root, split):
     "Path of the split's manifest, built if it is not there."
-    if (root/split/"manifest.json").is_file(): return root/split/"metadata.jsonl"   # made by masked-ldm-data: min_area and faces are the manifest's
-    notes = sorted((root/"annotations").glob(f"*_{split}2017.json")); key = [MANIFEST_VERSION, str(root.resolve()), split, config.min_area, config.faces, [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in notes]]
-    out = Path(config.cache_dir)/f"{root.name}-{split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]}"
-    return out/"metadata.jsonl" if (out/"manifest.json").is_file() else build_manifest(root, split, out, config.min_area, config.faces, "cuda" if torch.cuda.is_available() else "cpu")
+    if (root / split / "manifest.json").is_file():
+        return (
+            root / split / "metadata.jsonl"
+        )  # made by masked-ldm-data: min_area and faces are the manifest's
+    notes = sorted((root / "annotations").glob(f"*_{split}2017.json"))
+    key = [
+        MANIFEST_VERSION,
+        str(root.resolve()),
+        split,
+        config.min_area,
+        config.faces,
+        [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in notes],
+    ]
+    out = (
+        Path(config.cache_dir)
+        / f"{root.name}-{split}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]}"
+    )
+    return (
+        out / "metadata.jsonl"
+        if (out / "manifest.json").is_file()
+        else build_manifest(
+            root,
+            split,
+            out,
+            config.min_area,
+            config.faces,
+            "cuda" if torch.cuda.is_available() else "cpu",
+        )
+    )
 
-def load_data(config): # `TrainConfig`
+
+def load_data(config):  # `TrainConfig`
     "(training `PersonDataset`, validation `PersonDataset` or None, {split: manifest path}); draws the built-in world if there is no `data_root`."
-    root = Path(config.data_root) if config.data_root else write_world(Path(config.cache_dir)/f"world{WORLD_VERSION}-{config.size}-{config.world_pictures}-{config.val_pictures}", config.world_pictures, config.val_pictures, config.size, workers=min(8, os.cpu_count() or 1))
-    paths = {s: _manifest(config, root, s) for s in ("train", "val")[:2 if config.val_pictures else 1]}
-    train_set, val_set = PersonDataset(paths["train"], config.size, config.seed, crop=config.crop), PersonDataset(paths["val"], config.size, crop=config.crop) if "val" in paths else None
-    if val_set and (both := {r["image_id"] for r in train_set.rows} & {r["image_id"] for r in val_set.rows}): raise ConfigError(f"{len(both)} pictures of {root} are in train and in val, the first is image {min(both)}: training and validation must not share pictures")
-    if len(train_set) < config.batch_size: raise ConfigError(f"batch_size {config.batch_size} is more than the {len(train_set)} pictures that {root} has after filtering")
+    root = (
+        Path(config.data_root)
+        if config.data_root
+        else write_world(
+            Path(config.cache_dir)
+            / f"world{WORLD_VERSION}-{config.size}-{config.world_pictures}-{config.val_pictures}",
+            config.world_pictures,
+            config.val_pictures,
+            config.size,
+            workers=min(8, os.cpu_count() or 1),
+        )
+    )
+    paths = {
+        s: _manifest(config, root, s) for s in ("train", "val")[: 2 if config.val_pictures else 1]
+    }
+    train_set, val_set = (
+        PersonDataset(paths["train"], config.size, config.seed, crop=config.crop),
+        PersonDataset(paths["val"], config.size, crop=config.crop) if "val" in paths else None,
+    )
+    if val_set and (
+        both := {r["image_id"] for r in train_set.rows} & {r["image_id"] for r in val_set.rows}
+    ):
+        raise ConfigError(
+            f"{len(both)} pictures of {root} are in train and in val, the first is image {min(both)}: training and validation must not share pictures"
+        )
+    if len(train_set) < config.batch_size:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is more than the {len(train_set)} pictures that {root} has after filtering"
+        )
     return train_set, val_set, paths
 
 # %% ../nbs/05_train.ipynb #7e81b8c1
-def keyed_noise(seed, step, positions, shape): # of the run; optimiser step; positions in the whole batch; (4,h,w) of a latent
+def keyed_noise(
+    seed, step, positions, shape
+):  # of the run; optimiser step; positions in the whole batch; (4,h,w) of a latent
     "(noise (B,4,h,w), posterior noise (B,4,h,w), t (B,) in 0..999), a function of its arguments."
     out = []
     for p in positions:
-        g = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{p}".encode(), digest_size=8).digest(), "big") >> 1)
-        out.append((torch.randn(shape, generator=g), torch.randn(shape, generator=g), torch.randint(0, 1000, (), generator=g)))
+        g = torch.Generator().manual_seed(
+            int.from_bytes(
+                hashlib.blake2b(f"{seed}/{step}/{p}".encode(), digest_size=8).digest(), "big"
+            )
+            >> 1
+        )
+        out.append(
+            (
+                torch.randn(shape, generator=g),
+                torch.randn(shape, generator=g),
+                torch.randint(0, 1000, (), generator=g),
+            )
+        )
     return tuple(map(torch.stack, zip(*out)))
 
 # %% ../nbs/05_train.ipynb #7c7f1dcc
-def load_networks(config, device="cpu"): # `TrainConfig`; where they go
+def load_networks(config, device="cpu"):  # `TrainConfig`; where they go
     "(Base, MaskedLPIPS or None, FaceLoss or None, the two judges if there is judging). Raises one FileNotFoundError that lists everything that is missing."
     c, lost, tiny = config, [], lambda net, name: load_network(name) if net == "tiny" else net
+
     def attempt(f):
-        try: return f()
-        except FileNotFoundError as e: lost.append(str(e))
-    got = (attempt(lambda: load_base(c.base, device)), attempt(lambda: MaskedLPIPS(tiny(c.lpips_net, "perceptual"), c.per_person).to(device)) if c.lambda1 else None,
-           attempt(lambda: FaceLoss(tiny(c.face_net, "face")).to(device)) if c.lambda2 else None, *((attempt(lambda: judge_of_people(c.lpips_net).to(device)), attempt(lambda: judge_of_faces(c.face_net).to(device))) if c.val_pictures else ()))
-    if lost: raise FileNotFoundError(f"{len(lost)} network(s) of this run cannot be loaded. " + " ".join(f"({i}) {s}." for i, s in enumerate(lost, 1)) + (" (val_pictures=0 does without the judges)" if c.val_pictures else ""))
+        try:
+            return f()
+        except FileNotFoundError as e:
+            lost.append(str(e))
+
+    got = (
+        attempt(lambda: load_base(c.base, device)),
+        attempt(lambda: MaskedLPIPS(tiny(c.lpips_net, "perceptual"), c.per_person).to(device))
+        if c.lambda1
+        else None,
+        attempt(lambda: FaceLoss(tiny(c.face_net, "face")).to(device)) if c.lambda2 else None,
+        *(
+            (
+                attempt(lambda: judge_of_people(c.lpips_net).to(device)),
+                attempt(lambda: judge_of_faces(c.face_net).to(device)),
+            )
+            if c.val_pictures
+            else ()
+        ),
+    )
+    if lost:
+        raise FileNotFoundError(
+            f"{len(lost)} network(s) of this run cannot be loaded. "
+            + " ".join(f"({i}) {s}." for i, s in enumerate(lost, 1))
+            + (" (val_pictures=0 does without the judges)" if c.val_pictures else "")
+        )
     return got
+
 
 class Trainer:
     "A run's parts: built once, then `preflight`, `step`, `judge`, `grid`, `finish`."
-    def __init__(self, config, # `TrainConfig`
-                 path):        # run folder
-        c = self.config = config; self.path, self.step_done, self.history, self.bad, self.skipped = Path(path), 0, [], 0, 0
-        if processes().is_main_process: lock(self.path)
-        if processes().num_processes == 1: AcceleratorState._reset_state()   # a second run in one kernel may have another precision
-        check_tracker(c.report_to); self.best, self.ema, self.saved, self.known = None, None, None, {}
+
+    def __init__(
+        self,
+        config,  # `TrainConfig`
+        path,
+    ):  # run folder
+        c = self.config = config
+        self.path, self.step_done, self.history, self.bad, self.skipped = Path(path), 0, [], 0, 0
+        if processes().is_main_process:
+            lock(self.path)
+        if processes().num_processes == 1:
+            AcceleratorState._reset_state()  # a second run in one kernel may have another precision
+        check_tracker(c.report_to)
+        self.best, self.ema, self.saved, self.known = None, None, None, {}
         cut = sharding(c)
-        self.acc = Accelerator(cpu=_on_cpu(), mixed_precision=c.mixed_precision, log_with=None if c.report_to == "none" else c.report_to, project_config=ProjectConfiguration(str(path), str(path)))
-        if c.batch_size % (parts := c.gradient_accumulation_steps*self.acc.num_processes): raise ConfigError(f"batch_size {c.batch_size} is the whole batch and must be a multiple of {parts}: {self.acc.num_processes} process(es) times gradient_accumulation_steps {c.gradient_accumulation_steps}")
-        self.share = c.batch_size//parts                       # pictures a process sees at once
-        if self.acc.is_main_process and (said := announced(c, self.acc.device, self.acc.num_processes)): self.acc.print(said)
-        with self.acc.main_process_first():                    # downloads, drawn worlds and manifests are made once
+        self.acc = Accelerator(
+            cpu=_on_cpu(),
+            mixed_precision=c.mixed_precision,
+            log_with=None if c.report_to == "none" else c.report_to,
+            project_config=ProjectConfiguration(str(path), str(path)),
+        )
+        if c.batch_size % (parts := c.gradient_accumulation_steps * self.acc.num_processes):
+            raise ConfigError(
+                f"batch_size {c.batch_size} is the whole batch and must be a multiple of {parts}: {self.acc.num_processes} process(es) times gradient_accumulation_steps {c.gradient_accumulation_steps}"
+            )
+        self.share = c.batch_size // parts  # pictures a process sees at once
+        if self.acc.is_main_process and (
+            said := announced(c, self.acc.device, self.acc.num_processes)
+        ):
+            self.acc.print(said)
+        with self.acc.main_process_first():  # downloads, drawn worlds and manifests are made once
             self.base, lpips, face, *self.judges = load_networks(c, self.acc.device)
             self.train_set, self.val_set, self.manifests = load_data(c)
         self.keep_latents()
-        branch = make_branch(self.base.unet, self.base.f); self.twin, self.gathered = Whole(deepcopy(branch).cpu(), c) if cut else None, 0
-        if c.mixed_precision == "bf16":   # frozen, and autocast would copy them every step
+        branch = make_branch(self.base.unet, self.base.f)
+        self.twin, self.gathered = Whole(deepcopy(branch).cpu(), c) if cut else None, 0
+        if c.mixed_precision == "bf16":  # frozen, and autocast would copy them every step
             self.base.text_encoder.to(torch.bfloat16)
-            if self.acc.device.type != "cpu": self.base.unet.to(torch.bfloat16)   # on the CPU autocast gives float32 to norms, which want weights of their own kind
+            if self.acc.device.type != "cpu":
+                self.base.unet.to(
+                    torch.bfloat16
+                )  # on the CPU autocast gives float32 to norms, which want weights of their own kind
         set_up(c, dict(branch=branch, unet=self.base.unet, vae=self.base.vae))
-        self.branch, self.opt = self.acc.prepare(branch, make_optimizer([p for p in branch.parameters() if p.requires_grad], c)); self.model = compiled(c, ControlledUNet(self.base.unet, self.branch))
+        self.branch, self.opt = self.acc.prepare(
+            branch, make_optimizer([p for p in branch.parameters() if p.requires_grad], c)
+        )
+        self.model = compiled(c, ControlledUNet(self.base.unet, self.branch))
         self.may_fail = Unimportant(self.acc.print)
-        if c.use_ema: self.ema = EMAModel([p for p in self.bare.parameters() if p.requires_grad], decay=c.ema_decay)
-        if face: self._calibrate(face)
-        self.objective = MaskAwareObjective(c.T, c.lambda1, c.lambda2, lpips, face, compiled(c, self.base.decode, varying=True), c.variant, c.gate, warm_up(c.lambda_warmup_steps), c.decode_batch, 4 if c.decode == "crop" else None)
+        if c.use_ema:
+            self.ema = EMAModel(
+                [p for p in self.bare.parameters() if p.requires_grad], decay=c.ema_decay
+            )
+        if face:
+            self._calibrate(face)
+        self.objective = MaskAwareObjective(
+            c.T,
+            c.lambda1,
+            c.lambda2,
+            lpips,
+            face,
+            compiled(c, self.base.decode, varying=True),
+            c.variant,
+            c.gate,
+            warm_up(c.lambda_warmup_steps),
+            c.decode_batch,
+            4 if c.decode == "crop" else None,
+        )
 
-    latent = property(lambda self: (4, self.config.size//self.base.f, self.config.size//self.base.f))  # shape of a sample's latents
+    latent = property(
+        lambda self: (4, self.config.size // self.base.f, self.config.size // self.base.f)
+    )  # shape of a sample's latents
+
     @contextlib.contextmanager
     def averaged(self):
         "Inside, the branch has its averaged weights, if the run averages."
-        branch, _, ema = self.kept; home = branch.device; branch.to(self.acc.device); weights = [p for p in branch.parameters() if p.requires_grad]
-        if ema: ema.to(self.acc.device); ema.store(weights); ema.copy_to(weights)
-        try: yield branch
+        branch, _, ema = self.kept
+        home = branch.device
+        branch.to(self.acc.device)
+        weights = [p for p in branch.parameters() if p.requires_grad]
+        if ema:
+            ema.to(self.acc.device)
+            ema.store(weights)
+            ema.copy_to(weights)
+        try:
+            yield branch
         finally:
-            if ema: ema.restore(weights); ema.to(home)
+            if ema:
+                ema.restore(weights)
+                ema.to(home)
             branch.to(home)
 
-    bare = property(lambda self: self.acc.unwrap_model(self.branch))  # the branch without accelerate's wrapping
-    kept = property(lambda self: (self.twin.branch, self.twin.optimizer, self.twin.ema) if self.twin else (self.bare, self.opt.optimizer, self.ema))  # branch, optimiser and average, whole
+    bare = property(
+        lambda self: self.acc.unwrap_model(self.branch)
+    )  # the branch without accelerate's wrapping
+    kept = property(
+        lambda self: (
+            (self.twin.branch, self.twin.optimizer, self.twin.ema)
+            if self.twin
+            else (self.bare, self.opt.optimizer, self.ema)
+        )
+    )  # branch, optimiser and average, whole
 
     def gather(self):
         "Make the branch whole where it is in pieces; every process has to call this."
-        if self.twin and self.gathered != self.step_done: self.twin.gather(self.branch, self.opt.optimizer, self.ema, self.acc.is_main_process); self.gathered = self.step_done
+        if self.twin and self.gathered != self.step_done:
+            self.twin.gather(self.branch, self.opt.optimizer, self.ema, self.acc.is_main_process)
+            self.gathered = self.step_done
 
     def _calibrate(self, face):
         "Scale the face loss on training faces, so that two strangers are 1 apart."
         picked, found = [], 0
         for s in (self.train_set[i] for i, r in enumerate(self.train_set.rows) if r["faces"]):
-            if n := len(face.usable(F.pad(s["boxes"], (1, 0)), s["pixels"].shape[-2:])): picked.append(s); found += n
-            if found >= 64: break
-        if found < 2: self.acc.print(f"only {found} usable face(s) in the training pictures at {self.config.size} px: the face loss is not calibrated"); return
-        b = collate(picked); face.calibrate(b.pixels.to(self.acc.device), b.boxes.to(self.acc.device))
+            if n := len(face.usable(F.pad(s["boxes"], (1, 0)), s["pixels"].shape[-2:])):
+                picked.append(s)
+                found += n
+            if found >= 64:
+                break
+        if found < 2:
+            self.acc.print(
+                f"only {found} usable face(s) in the training pictures at {self.config.size} px: the face loss is not calibrated"
+            )
+            return
+        b = collate(picked)
+        face.calibrate(b.pixels.to(self.acc.device), b.boxes.to(self.acc.device))
 
 # %% ../nbs/05_train.ipynb #9485ca4a
 @patch
-def keep_latents(self:Trainer):
+def keep_latents(self: Trainer):
     "Let the training set read its latents and text embeddings from disk, and make what is missing there, if the run is to have that."
     c, s = self.config, self.train_set
-    if not (c.max_steps*c.batch_size > 2*len(s) if c.cache_latents is None else c.cache_latents): return   # a cache costs two encodings of each picture
+    if not (
+        c.max_steps * c.batch_size > 2 * len(s) if c.cache_latents is None else c.cache_latents
+    ):
+        return  # a cache costs two encodings of each picture
     folder = cache_folder(c.cache_dir, s, c.base, c.mixed_precision)
-    made = build_cache(s, self.base, folder, c.mixed_precision, (self.acc.process_index, self.acc.num_processes), workers=c.dataloader_num_workers)
-    self.acc.wait_for_everyone(); s.cache = LatentCache(folder)
-    self.acc.print(f"latents and text embeddings of {len(s)} pictures are read from {folder}" + (f"; {len(made)} shard(s) were made" if made else ""))
+    made = build_cache(
+        s,
+        self.base,
+        folder,
+        c.mixed_precision,
+        (self.acc.process_index, self.acc.num_processes),
+        workers=c.dataloader_num_workers,
+    )
+    self.acc.wait_for_everyone()
+    s.cache = LatentCache(folder)
+    self.acc.print(
+        f"latents and text embeddings of {len(s)} pictures are read from {folder}"
+        + (f"; {len(made)} shard(s) were made" if made else "")
+    )
 
 # %% ../nbs/05_train.ipynb #cafbbfd9
 @patch
-def losses(self:Trainer, batch, # `Batch`
-           noise, post, t,      # from `keyed_noise`
-           branch=None,         # instead of the wrapped one
-           step=None,           # of the schedule of the lambdas; None: the run's
-           weight=None, pick=None, # (B,) factors from `draw`: on each sample, on its perceptual terms
-          ): # `Terms` of the objective
+def losses(
+    self: Trainer,
+    batch,  # `Batch`
+    noise,
+    post,
+    t,  # from `keyed_noise`
+    branch=None,  # instead of the wrapped one
+    step=None,  # of the schedule of the lambdas; None: the run's
+    weight=None,
+    pick=None,  # (B,) factors from `draw`: on each sample, on its perceptual terms
+):  # `Terms` of the objective
     "Noise a batch, predict, estimate x_0, apply the objective."
-    dev = self.acc.device; noise, post, t = noise.to(dev), post.to(dev), t.to(dev)
-    with self.acc.autocast(): z, emb = (self.base.encode(batch.pixels, post), self.base.embed(batch.captions)) if batch.moments is None else (self.base.draw(batch.moments, post), batch.text.float())
+    dev = self.acc.device
+    noise, post, t = noise.to(dev), post.to(dev), t.to(dev)
+    with self.acc.autocast():
+        z, emb = (
+            (self.base.encode(batch.pixels, post), self.base.embed(batch.captions))
+            if batch.moments is None
+            else (self.base.draw(batch.moments, post), batch.text.float())
+        )
     x_t = self.base.scheduler.add_noise(z, noise, t)
-    with self.acc.autocast(): out = (ControlledUNet(self.base.unet, branch) if branch else self.model)(x_t, t, emb).sample.float()
-    l_ldm, x0_hat = F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)), predict_x0(out, x_t, t, self.base.scheduler)   # Eq. (4)
-    with self.acc.autocast(): return self.objective(l_ldm, x0_hat, t, batch.pixels, batch.mask, batch.boxes, (batch.people, batch.person_image) if self.config.per_person else None, self.step_done if step is None else step, weight, pick)
+    with self.acc.autocast():
+        out = (ControlledUNet(self.base.unet, branch) if branch else self.model)(
+            x_t, t, emb
+        ).sample.float()
+    l_ldm, x0_hat = (
+        F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)),
+        predict_x0(out, x_t, t, self.base.scheduler),
+    )  # Eq. (4)
+    with self.acc.autocast():
+        return self.objective(
+            l_ldm,
+            x0_hat,
+            t,
+            batch.pixels,
+            batch.mask,
+            batch.boxes,
+            (batch.people, batch.person_image) if self.config.per_person else None,
+            self.step_done if step is None else step,
+            weight,
+            pick,
+        )
 
 # %% ../nbs/05_train.ipynb #c2310a91
 @patch
-def preflight(self:Trainer):
+def preflight(self: Trainer):
     "{term: gradient norm at the branch}. Raises `DeadTerm`."
-    c, face = self.config, self.objective.face; count = lambda b: len(face.usable(b, (c.size, c.size))) if face else 0
-    order = sorted(range(len(self.train_set)), key=lambda i: not self.train_set.rows[i]["faces"])[:64]
-    b = collate(sorted((self.train_set[i] for i in order), key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()))[:min(4, self.share, c.decode_batch or 4)]).to(self.acc.device)
-    noise, post, _ = keyed_noise(c.seed, -1, range(len(b)), self.latent); low = c.T > 0 and c.variant == "paper"
-    expect = dict(ldm=c.lambda1 + c.lambda2 < 1 or not c.T, lpips=low and c.lambda1, face=low and count(b.boxes))
+    c, face = self.config, self.objective.face
+
+    def count(b):
+        return len(face.usable(b, (c.size, c.size))) if face else 0
+
+    order = sorted(range(len(self.train_set)), key=lambda i: not self.train_set.rows[i]["faces"])[
+        :64
+    ]
+    b = collate(
+        sorted(
+            (self.train_set[i] for i in order),
+            key=lambda s: (not count(F.pad(s["boxes"], (1, 0))), not s["mask"].any()),
+        )[: min(4, self.share, c.decode_batch or 4)]
+    ).to(self.acc.device)
+    noise, post, _ = keyed_noise(c.seed, -1, range(len(b)), self.latent)
+    low = c.T > 0 and c.variant == "paper"
+    expect = dict(
+        ldm=c.lambda1 + c.lambda2 < 1 or not c.T,
+        lpips=low and c.lambda1,
+        face=low and count(b.boxes),
+    )
     branch = deepcopy(self.twin.branch).to(self.acc.device) if self.twin else self.bare
-    self.objective.at_once = 0   # in parts, a term's own gradient is gone
-    self.norms = check_gradients(self.losses(b, noise, post, torch.full((len(b),), c.T//2), branch, c.lambda_warmup_steps), branch.parameters(), [k for k, on in expect.items() if on])
+    self.objective.at_once = 0  # in parts, a term's own gradient is gone
+    self.norms = check_gradients(
+        self.losses(b, noise, post, torch.full((len(b),), c.T // 2), branch, c.lambda_warmup_steps),
+        branch.parameters(),
+        [k for k, on in expect.items() if on],
+    )
     self.objective.at_once = c.decode_batch
-    if low and c.lambda2 and not count(b.boxes): self.acc.print("no usable face in the 64 pictures looked at: the face loss could not be checked")
+    if low and c.lambda2 and not count(b.boxes):
+        self.acc.print(
+            "no usable face in the 64 pictures looked at: the face loss could not be checked"
+        )
     return self.norms
 
 # %% ../nbs/05_train.ipynb #282d34bb
 @patch
-def whole(self:Trainer, step):
+def whole(self: Trainer, step):
     "(t, factor on each sample, factor on its perceptual terms) of the whole batch, whoever computes it; the factors are None where every sample counts once."
     if step not in self.known:
-        c, key = self.config, (self.config.seed, step); t, weight = stratified_timesteps(c.T, c.batch_size, key) if c.stratified_t else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
-        self.known = {s: v for s, v in self.known.items() if s >= self.step_done} | {step: (t, weight, capped(t, c.T, c.max_decoded, key) if c.max_decoded else None)}
+        c, key = self.config, (self.config.seed, step)
+        t, weight = (
+            stratified_timesteps(c.T, c.batch_size, key)
+            if c.stratified_t
+            else (keyed_noise(*key, range(c.batch_size), self.latent)[2], None)
+        )
+        self.known = {s: v for s, v in self.known.items() if s >= self.step_done} | {
+            step: (t, weight, capped(t, c.T, c.max_decoded, key) if c.max_decoded else None)
+        }
     return self.known[step]
 
+
 @patch
-def parts(self:Trainer, step):
+def parts(self: Trainer, step):
     "Positions in the whole batch of what this process computes, a list for each part of the step."
-    c, world = self.config, self.acc.num_processes; shares = world*c.gradient_accumulation_steps
-    if shares == 1: return [list(range(c.batch_size))]
-    t, _, pick = self.whole(step); return dealt(t < c.T if pick is None else (t < c.T) & (pick > 0), shares)[self.acc.process_index::world]
+    c, world = self.config, self.acc.num_processes
+    shares = world * c.gradient_accumulation_steps
+    if shares == 1:
+        return [list(range(c.batch_size))]
+    t, _, pick = self.whole(step)
+    return dealt(t < c.T if pick is None else (t < c.T) & (pick > 0), shares)[
+        self.acc.process_index :: world
+    ]
 
 # %% ../nbs/05_train.ipynb #2c6c94e6
 @patch
-def draw(self:Trainer, positions): # in the whole batch
+def draw(self: Trainer, positions):  # in the whole batch
     "(noise, posterior noise, t, factor on each sample, factor on its perceptual terms) of this step; the factors are None where every sample counts once."
-    c = self.config; noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent); weight = pick = None
-    if c.stratified_t or c.max_decoded: t, weight, pick = (v if v is None else v[list(positions)] for v in self.whole(self.step_done))
+    c = self.config
+    noise, post, t = keyed_noise(c.seed, self.step_done, positions, self.latent)
+    weight = pick = None
+    if c.stratified_t or c.max_decoded:
+        t, weight, pick = (
+            v if v is None else v[list(positions)] for v in self.whole(self.step_done)
+        )
     return noise, post, t, *(v if v is None else v.to(self.acc.device) for v in (weight, pick))
 
 # %% ../nbs/05_train.ipynb #a2245feb
 @patch
-def step(self:Trainer, batches, # the step's parts: [(positions in the whole batch, `Batch`)]
-        ): # list of detached `Terms` with their timesteps, or None if the step was skipped
+def step(
+    self: Trainer,
+    batches,  # the step's parts: [(positions in the whole batch, `Batch`)]
+):  # list of detached `Terms` with their timesteps, or None if the step was skipped
     "One optimiser step."
     c, n, done = self.config, self.step_done, []
-    for g in self.opt.param_groups: g["lr"] = c.learning_rate*min(1., (n+1)/max(1, c.lr_warmup_steps))
+    for g in self.opt.param_groups:
+        g["lr"] = c.learning_rate * min(1.0, (n + 1) / max(1, c.lr_warmup_steps))
     self.opt.zero_grad()
     for k, (positions, b) in enumerate(batches):
         noise, post, t, weight, pick = self.draw(positions)
-        with self.acc.no_sync(self.branch) if k < len(batches)-1 else contextlib.nullcontext():
-            terms = self.losses(b.to(self.acc.device), noise, post, t, weight=weight, pick=pick); self.acc.backward(terms.total/len(batches))
-        done.append((t, {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()}, terms.total.item()))
-    norm = self.acc.clip_grad_norm_([p for p in self.branch.parameters() if p.requires_grad], c.max_grad_norm)
-    self.step_done += 1; self.norm = float(norm.full_tensor() if self.twin else norm)
-    if not math.isfinite(self.norm):   # a loss that is not finite has no finite gradient either
-        self.opt.zero_grad(); self.bad += 1; self.skipped += 1; who = gather_object([i for _, b in batches for i in b.image_ids])
-        self.acc.print(f"step {self.step_done} skipped: loss or gradient is not finite, pictures {who}")
+        with self.acc.no_sync(self.branch) if k < len(batches) - 1 else contextlib.nullcontext():
+            terms = self.losses(b.to(self.acc.device), noise, post, t, weight=weight, pick=pick)
+            self.acc.backward(terms.total / len(batches))
+        done.append(
+            (
+                t,
+                {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()},
+                terms.total.item(),
+            )
+        )
+    norm = self.acc.clip_grad_norm_(
+        [p for p in self.branch.parameters() if p.requires_grad], c.max_grad_norm
+    )
+    self.step_done += 1
+    self.norm = float(norm.full_tensor() if self.twin else norm)
+    if not math.isfinite(self.norm):  # a loss that is not finite has no finite gradient either
+        self.opt.zero_grad()
+        self.bad += 1
+        self.skipped += 1
+        who = gather_object([i for _, b in batches for i in b.image_ids])
+        self.acc.print(
+            f"step {self.step_done} skipped: loss or gradient is not finite, pictures {who}"
+        )
         if self.bad >= 5:
             self.gather()
-            if self.acc.is_main_process: self.checkpoint()
-            raise FloatingPointError(f"loss or gradient was not finite in 5 steps in a row, the last with pictures {who}; the last good weights are in {self.path/'checkpoints'}; lower learning_rate or max_grad_norm")
+            if self.acc.is_main_process:
+                self.checkpoint()
+            raise FloatingPointError(
+                f"loss or gradient was not finite in 5 steps in a row, the last with pictures {who}; the last good weights are in {self.path / 'checkpoints'}; lower learning_rate or max_grad_norm"
+            )
         return None
-    self.bad = 0; self.opt.step()
-    if self.ema: self.ema.step([p for p in self.bare.parameters() if p.requires_grad])
+    self.bad = 0
+    self.opt.step()
+    if self.ema:
+        self.ema.step([p for p in self.bare.parameters() if p.requires_grad])
     return done
 
 # %% ../nbs/05_train.ipynb #603c0d3a
 @patch
-def judge(self:Trainer):
+def judge(self: Trainer):
     "Paired one-step metrics of the branch against the base on held-out pictures."
-    if not self.judges: return None
-    with self.acc.autocast(), self.averaged() as branch: metrics, self.before, _ = compare(self.base, ControlledUNet(self.base.unet, branch.eval()), self.val_set, *self.judges, getattr(self, "before", None), below=self.config.T or None, n=self.config.val_pictures, seed=1, batch_size=8 if self.config.size <= 128 else 1)
-    self.branch.train(); return metrics
+    if not self.judges:
+        return None
+    with self.acc.autocast(), self.averaged() as branch:
+        metrics, self.before, _ = compare(
+            self.base,
+            ControlledUNet(self.base.unet, branch.eval()),
+            self.val_set,
+            *self.judges,
+            getattr(self, "before", None),
+            below=self.config.T or None,
+            n=self.config.val_pictures,
+            seed=1,
+            batch_size=8 if self.config.size <= 128 else 1,
+        )
+    self.branch.train()
+    return metrics
+
 
 @patch
-def grid(self:Trainer):
+def grid(self: Trainer):
     "Base above, branch below, from the same noise; written to samples/."
-    c, prompts = self.config, self.config.sample_prompts or list(PROMPTS); kw = dict(steps=c.sample_steps, guidance=c.guidance_scale, scheduler=c.sample_scheduler, size=c.size)
+    c, prompts = self.config, self.config.sample_prompts or list(PROMPTS)
+    kw = dict(
+        steps=c.sample_steps, guidance=c.guidance_scale, scheduler=c.sample_scheduler, size=c.size
+    )
+
     def draw(branch):
-        with self.acc.autocast(): return sample(MaskedLDMPipeline.from_parts(self.base, branch), prompts, **kw)
-    if not hasattr(self, "base_pictures"): self.base_pictures = draw(None)
-    with self.averaged() as branch: ours = draw(branch.eval())
+        with self.acc.autocast():
+            return sample(MaskedLDMPipeline.from_parts(self.base, branch), prompts, **kw)
+
+    if not hasattr(self, "base_pictures"):
+        self.base_pictures = draw(None)
+    with self.averaged() as branch:
+        ours = draw(branch.eval())
     self.branch.train()
-    out = self.path/"samples"/f"step_{self.step_done:06d}.png"
-    try: out.parent.mkdir(exist_ok=True); picture_grid([self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1).save(out); return out
-    except OSError as e: raise OSError(f"{out} cannot be written ({e.strerror or e})") from None
+    out = self.path / "samples" / f"step_{self.step_done:06d}.png"
+    try:
+        out.parent.mkdir(exist_ok=True)
+        picture_grid(
+            [self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1
+        ).save(out)
+        return out
+    except OSError as e:
+        raise OSError(f"{out} cannot be written ({e.strerror or e})") from None
 
 # %% ../nbs/05_train.ipynb #136be191
 @patch
-def write(self:Trainer, **parts): # names and JSON values
+def write(self: Trainer, **parts):  # names and JSON values
     "Write JSON files of the run folder, each whole; on the main process."
-    if not self.acc.is_main_process: return
+    if not self.acc.is_main_process:
+        return
     for name, body in parts.items():
-        tmp = self.path/f".{name}.json"; tmp.write_text(json.dumps(body, indent=1)); os.replace(tmp, self.path/f"{name}.json")
+        tmp = self.path / f".{name}.json"
+        tmp.write_text(json.dumps(body, indent=1))
+        os.replace(tmp, self.path / f"{name}.json")
+
 
 @patch
-def finish(self:Trainer, metrics):
+def finish(self: Trainer, metrics):
     "Write metrics.json and the model card."
-    face, made = self.objective.face, provenance(); extra = dict(gradient_norms=self.norms, face_weights=face.weights.tolist() if face else None, steps=self.step_done, skipped=self.skipped, best=self.best, provenance=made)
-    self.write(metrics=dict(metrics or {}, **extra)); c = self.config; hub = BASES["sd15"] if c.base in BASES and c.base != "tiny" else c.base
-    (self.path/"README.md").write_text(model_card(c, c.hub_model_id or self.path, hub, self.step_done, self.train_set.info["sha256"], format_metrics(metrics) if metrics else "not judged", made))
+    face, made = self.objective.face, provenance()
+    extra = dict(
+        gradient_norms=self.norms,
+        face_weights=face.weights.tolist() if face else None,
+        steps=self.step_done,
+        skipped=self.skipped,
+        best=self.best,
+        provenance=made,
+    )
+    self.write(metrics=dict(metrics or {}, **extra))
+    c = self.config
+    hub = BASES["sd15"] if c.base in BASES and c.base != "tiny" else c.base
+    (self.path / "README.md").write_text(
+        model_card(
+            c,
+            c.hub_model_id or self.path,
+            hub,
+            self.step_done,
+            self.train_set.info["sha256"],
+            format_metrics(metrics) if metrics else "not judged",
+            made,
+        )
+    )
 
-SCHEMA = 1   # of state.json
+
+SCHEMA = 1  # of state.json
+
 
 @patch
-def checkpoint(self:Trainer):
+def checkpoint(self: Trainer):
     "A checkpoint to go on from; a step that is saved already is not saved again."
-    if self.saved == (self.step_done, self.best): return self.path/"checkpoints"/f"step_{self.step_done:06d}"
-    if self.twin and self.gathered != self.step_done: raise OSError(f"the weights of step {self.step_done} lie in pieces in {self.acc.num_processes} processes")
-    branch, optimizer, ema = self.kept; made = save_checkpoint(self.path/"checkpoints", self.step_done, branch, optimizer,
-                           dict(schema=SCHEMA, config=asdict(self.config), data=self.train_set.info["content"], skipped=self.skipped), self.config.checkpoints_total_limit, self.best and self.best["step"], ema)
-    self.saved = (self.step_done, self.best); return made
+    if self.saved == (self.step_done, self.best):
+        return self.path / "checkpoints" / f"step_{self.step_done:06d}"
+    if self.twin and self.gathered != self.step_done:
+        raise OSError(
+            f"the weights of step {self.step_done} lie in pieces in {self.acc.num_processes} processes"
+        )
+    branch, optimizer, ema = self.kept
+    made = save_checkpoint(
+        self.path / "checkpoints",
+        self.step_done,
+        branch,
+        optimizer,
+        dict(
+            schema=SCHEMA,
+            config=asdict(self.config),
+            data=self.train_set.info["content"],
+            skipped=self.skipped,
+        ),
+        self.config.checkpoints_total_limit,
+        self.best and self.best["step"],
+        ema,
+    )
+    self.saved = (self.step_done, self.best)
+    return made
 
 # %% ../nbs/05_train.ipynb #79d2e2a7
-_MAY_CHANGE = {"resume", "out_dir", "max_steps", "cache_dir", "data_root", "log_steps", "sample_interval", "sample_prompts", "sample_steps", "sample_scheduler", "guidance_scale", "checkpointing_steps",
-               "checkpoints_total_limit", "report_to", "dataloader_num_workers", "val_pictures", "preset", "gradient_checkpointing", "checkpoint_branch", "checkpoint_unet", "checkpoint_vae", "decode_batch", "fused_adam", "channels_last", "torch_compile", "cache_latents", "gradient_accumulation_steps", "push_to_hub", "hub_model_id", "validation_steps", "resume_changed"}
+_MAY_CHANGE = {
+    "resume",
+    "out_dir",
+    "max_steps",
+    "cache_dir",
+    "data_root",
+    "log_steps",
+    "sample_interval",
+    "sample_prompts",
+    "sample_steps",
+    "sample_scheduler",
+    "guidance_scale",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "report_to",
+    "dataloader_num_workers",
+    "val_pictures",
+    "preset",
+    "gradient_checkpointing",
+    "checkpoint_branch",
+    "checkpoint_unet",
+    "checkpoint_vae",
+    "decode_batch",
+    "fused_adam",
+    "channels_last",
+    "torch_compile",
+    "cache_latents",
+    "gradient_accumulation_steps",
+    "push_to_hub",
+    "hub_model_id",
+    "validation_steps",
+    "resume_changed",
+}
 
-def _row(line): # of metrics.jsonl; a killed run may leave half of one
-    try: r = json.loads(line); return r if isinstance(r, dict) and "step" in r else None
-    except json.JSONDecodeError: return None
+
+def _row(line):  # of metrics.jsonl; a killed run may leave half of one
+    try:
+        r = json.loads(line)
+        return r if isinstance(r, dict) and "step" in r else None
+    except json.JSONDecodeError:
+        return None
+
 
 @patch
-def go_on(self:Trainer):
+def go_on(self: Trainer):
     "Load the checkpoint that `resume` asks for. Raises ConfigError if settings or data differ."
-    c = self.config; path = latest_checkpoint(self.path/"checkpoints") if c.resume == "latest" else Path(c.resume)
-    if path is None: self.acc.print(f"no checkpoint in {self.path/'checkpoints'}: starting from the beginning"); return
-    if not path.is_dir(): raise ConfigError(f"resume {path} is not a checkpoint folder")
-    state = json.loads((path/"state.json").read_text()) if (path/"state.json").is_file() else {}
-    if state.get("schema", 1) > SCHEMA: raise ConfigError(f"{path} was written by a newer masked_ldm (schema {state['schema']}, this one knows {SCHEMA}): update masked_ldm")
-    before = {f.name: f.default for f in fields(TrainConfig)} | state.get("config", {})   # a setting that is newer than the checkpoint had its default
-    drift = {k: (v, getattr(c, k, "unknown here")) for k, v in before.items() if state and k not in _MAY_CHANGE and getattr(c, k, None) != v}
-    differs = ["other settings than the run had: " + ", ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in drift.items())] if drift else []
-    if state.get("data") not in (None, self.train_set.info["content"]): differs.append("other training pictures than the run had: the manifest differs")
-    if differs and not c.resume_changed: raise ConfigError(f"resume with {'; '.join(differs)} (resume_changed=True goes on all the same)")
-    for d in differs: self.acc.print(f"going on with {d}")
-    got = load_checkpoint(path, *self.kept); self.step_done, self.skipped = got["step"], got.get("skipped", 0)
-    if self.twin: self.twin.scatter(self.branch, self.opt.optimizer, self.ema); self.gathered = self.step_done
-    log = self.path/"metrics.jsonl"; lines = log.read_text().splitlines() if log.is_file() else []
+    c = self.config
+    path = latest_checkpoint(self.path / "checkpoints") if c.resume == "latest" else Path(c.resume)
+    if path is None:
+        self.acc.print(f"no checkpoint in {self.path / 'checkpoints'}: starting from the beginning")
+        return
+    if not path.is_dir():
+        raise ConfigError(f"resume {path} is not a checkpoint folder")
+    state = json.loads((path / "state.json").read_text()) if (path / "state.json").is_file() else {}
+    if state.get("schema", 1) > SCHEMA:
+        raise ConfigError(
+            f"{path} was written by a newer masked_ldm (schema {state['schema']}, this one knows {SCHEMA}): update masked_ldm"
+        )
+    before = {f.name: f.default for f in fields(TrainConfig)} | state.get(
+        "config", {}
+    )  # a setting that is newer than the checkpoint had its default
+    drift = {
+        k: (v, getattr(c, k, "unknown here"))
+        for k, v in before.items()
+        if state and k not in _MAY_CHANGE and getattr(c, k, None) != v
+    }
+    differs = (
+        [
+            "other settings than the run had: "
+            + ", ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in drift.items())
+        ]
+        if drift
+        else []
+    )
+    if state.get("data") not in (None, self.train_set.info["content"]):
+        differs.append("other training pictures than the run had: the manifest differs")
+    if differs and not c.resume_changed:
+        raise ConfigError(
+            f"resume with {'; '.join(differs)} (resume_changed=True goes on all the same)"
+        )
+    for d in differs:
+        self.acc.print(f"going on with {d}")
+    got = load_checkpoint(path, *self.kept)
+    self.step_done, self.skipped = got["step"], got.get("skipped", 0)
+    if self.twin:
+        self.twin.scatter(self.branch, self.opt.optimizer, self.ema)
+        self.gathered = self.step_done
+    log = self.path / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
     rows = [r for l in lines if (r := _row(l))]
-    self.history = [r for r in rows if r["step"] <= self.step_done]; self.best = min((r["validation"] | dict(step=r["step"]) for r in self.history if "validation" in r), key=lambda v: v["score"], default=None)
-    if self.acc.is_main_process:   # what came after the checkpoint will come again
-        tmp = self.path/".metrics.jsonl"; tmp.write_text("".join(json.dumps(r)+"\n" for r in self.history)); os.replace(tmp, log)
-        for later in (self.path/"checkpoints").glob("step_*") if path.resolve().parent == (self.path/"checkpoints").resolve() else ():
-            if later.name[5:].isdigit() and int(later.name[5:]) > self.step_done: os.replace(later, later.with_name("abandoned-" + later.name)); self.acc.print(f"{later.name} is set aside as abandoned-{later.name}")
-    self.acc.print(f"going on from {path.name}" + ("" if self.step_done < c.max_steps else f": max_steps {c.max_steps} is already reached, nothing is trained"))
+    self.history = [r for r in rows if r["step"] <= self.step_done]
+    self.best = min(
+        (r["validation"] | dict(step=r["step"]) for r in self.history if "validation" in r),
+        key=lambda v: v["score"],
+        default=None,
+    )
+    if self.acc.is_main_process:  # what came after the checkpoint will come again
+        tmp = self.path / ".metrics.jsonl"
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        os.replace(tmp, log)
+        for later in (
+            (self.path / "checkpoints").glob("step_*")
+            if path.resolve().parent == (self.path / "checkpoints").resolve()
+            else ()
+        ):
+            if later.name[5:].isdigit() and int(later.name[5:]) > self.step_done:
+                os.replace(later, later.with_name("abandoned-" + later.name))
+                self.acc.print(f"{later.name} is set aside as abandoned-{later.name}")
+    self.acc.print(
+        f"going on from {path.name}"
+        + (
+            ""
+            if self.step_done < c.max_steps
+            else f": max_steps {c.max_steps} is already reached, nothing is trained"
+        )
+    )
 
 # %% ../nbs/05_train.ipynb #5f780c50
 @patch
-def _line(self:Trainer, log, row):
+def _line(self: Trainer, log, row):
     "A line of metrics.jsonl. Raises OSError that names it, once the state is saved if that can be done."
-    try: log.write(json.dumps(row)+"\n"); log.flush()
+    try:
+        log.write(json.dumps(row) + "\n")
+        log.flush()
     except OSError as e:
-        try: kept = f"the state is saved in {self.checkpoint()}"
-        except OSError: kept = "the state could not be saved either; earlier checkpoints are untouched"
-        raise OSError(f"{self.path/'metrics.jsonl'} cannot be written ({e.strerror or e}); {kept}") from None
+        try:
+            kept = f"the state is saved in {self.checkpoint()}"
+        except OSError:
+            kept = "the state could not be saved either; earlier checkpoints are untouched"
+        raise OSError(
+            f"{self.path / 'metrics.jsonl'} cannot be written ({e.strerror or e}); {kept}"
+        ) from None
+
 
 @patch
-def _log(self:Trainer, log, rows, bar): # open metrics.jsonl, `step`'s results since the last line, progress bar
+def _log(
+    self: Trainer, log, rows, bar
+):  # open metrics.jsonl, `step`'s results since the last line, progress bar
     "One line of metrics.jsonl, and the same for the tracker."
-    row = dict(step=self.step_done, lr=self.opt.param_groups[0]["lr"], grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None, skipped=self.skipped, images_per_second=round(self.config.batch_size*self.config.log_steps/(time.perf_counter()-self.clock), 3), **summarise(rows)); self.history.append(row); self.clock = time.perf_counter()
-    if self.acc.is_main_process: self._line(log, row); bar.set_postfix(loss=row["loss"])
-    self.may_fail(self.config.report_to, self.acc.log, {**{k: row[k] for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second") if row[k] is not None},
-                  **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"}}, step=self.step_done)
+    row = dict(
+        step=self.step_done,
+        lr=self.opt.param_groups[0]["lr"],
+        grad_norm=round(self.norm, 6) if math.isfinite(self.norm) else None,
+        skipped=self.skipped,
+        images_per_second=round(
+            self.config.batch_size * self.config.log_steps / (time.perf_counter() - self.clock), 3
+        ),
+        **summarise(rows),
+    )
+    self.history.append(row)
+    self.clock = time.perf_counter()
+    if self.acc.is_main_process:
+        self._line(log, row)
+        bar.set_postfix(loss=row["loss"])
+    self.may_fail(
+        self.config.report_to,
+        self.acc.log,
+        {
+            **{
+                k: row[k]
+                for k in ("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second")
+                if row[k] is not None
+            },
+            **{f"{k}/t {b}": v for b, d in row["bands"].items() for k, v in d.items() if k != "n"},
+        },
+        step=self.step_done,
+    )
+
 
 @patch
-def validate(self:Trainer, log): # open metrics.jsonl
+def validate(self: Trainer, log):  # open metrics.jsonl
     "Judge now; a best so far keeps its checkpoint."
-    by = {k: next(iter(v.values()))["change"] for k, v in self.judge()["one_step"].items()}; seen = [by[k] for k in ("person", "face") if by[k] is not None]
-    row = dict(step=self.step_done, validation=dict(score=round(sum(seen)/max(1, len(seen)), 6), **{k: v and round(v, 6) for k, v in by.items()})); self.history.append(row); self._line(log, row)
-    self.may_fail(self.config.report_to, self.acc.log, {f"validation/{k}": v for k, v in row["validation"].items() if v is not None}, step=self.step_done)
-    if self.best is None or row["validation"]["score"] < self.best["score"]: self.best = row["validation"] | dict(step=self.step_done); self.checkpoint()
+    by = {k: next(iter(v.values()))["change"] for k, v in self.judge()["one_step"].items()}
+    seen = [by[k] for k in ("person", "face") if by[k] is not None]
+    row = dict(
+        step=self.step_done,
+        validation=dict(
+            score=round(sum(seen) / max(1, len(seen)), 6),
+            **{k: v and round(v, 6) for k, v in by.items()},
+        ),
+    )
+    self.history.append(row)
+    self._line(log, row)
+    self.may_fail(
+        self.config.report_to,
+        self.acc.log,
+        {f"validation/{k}": v for k, v in row["validation"].items() if v is not None},
+        step=self.step_done,
+    )
+    if self.best is None or row["validation"]["score"] < self.best["score"]:
+        self.best = row["validation"] | dict(step=self.step_done)
+        self.checkpoint()
+
 
 @patch
-def _no_memory(self:Trainer, before, e): # step at which it began; the exception
+def _no_memory(self: Trainer, before, e):  # step at which it began; the exception
     "Save what there is, then raise MemoryError with what would fit."
-    kept = self.step_done == before and before > 0 and self.acc.is_main_process and not self.twin   # the step had not touched the weights
-    if kept: self.opt.zero_grad(); self.checkpoint()
-    raise OutOfMemory(f"out of memory in step {before+1} ({str(e).splitlines()[0]}); " + (f"the state is saved in {self.path/'checkpoints'}, " if kept else "") + f"go on with {'resume=latest and ' if kept else ''}{advice(self.config, self.acc.device, self.acc.num_processes, before > 0)}")
+    kept = (
+        self.step_done == before and before > 0 and self.acc.is_main_process and not self.twin
+    )  # the step had not touched the weights
+    if kept:
+        self.opt.zero_grad()
+        self.checkpoint()
+    raise OutOfMemory(
+        f"out of memory in step {before + 1} ({str(e).splitlines()[0]}); "
+        + (f"the state is saved in {self.path / 'checkpoints'}, " if kept else "")
+        + f"go on with {'resume=latest and ' if kept else ''}{advice(self.config, self.acc.device, self.acc.num_processes, before > 0)}"
+    )
+
 
 @patch
-def _stop_if(self:Trainer, asked): # from `stop_requests`
+def _stop_if(self: Trainer, asked):  # from `stop_requests`
     "If any process was asked to stop: save, then raise `Stopped` in all of them."
-    anybody = len(asked) if self.acc.num_processes == 1 else int(self.acc.reduce(torch.tensor([len(asked)], device=self.acc.device)))
-    if not anybody or self.step_done == self.config.max_steps: return
+    anybody = (
+        len(asked)
+        if self.acc.num_processes == 1
+        else int(self.acc.reduce(torch.tensor([len(asked)], device=self.acc.device)))
+    )
+    if not anybody or self.step_done == self.config.max_steps:
+        return
     self.gather()
-    if self.acc.is_main_process: self.checkpoint()
-    self.acc.wait_for_everyone(); signum = asked[0] if asked else signal.SIGTERM
-    raise Stopped(signum, f"stopped by {signal.Signals(signum).name} after step {self.step_done} of {self.config.max_steps}; the state is saved in {self.path/'checkpoints'}: go on with out_dir={self.path} and resume=latest")
+    if self.acc.is_main_process:
+        self.checkpoint()
+    self.acc.wait_for_everyone()
+    signum = asked[0] if asked else signal.SIGTERM
+    raise Stopped(
+        signum,
+        f"stopped by {signal.Signals(signum).name} after step {self.step_done} of {self.config.max_steps}; the state is saved in {self.path / 'checkpoints'}: go on with out_dir={self.path} and resume=latest",
+    )
 
-def _deaf(worker): # a data worker ignores the signals that ask a run to stop, which is for the run to decide, and does not hold its folder
+
+def _deaf(
+    worker,
+):  # a data worker ignores the signals that ask a run to stop, which is for the run to decide, and does not hold its folder
     forget_locks()
-    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
 
-def _worker_died(e): raise RuntimeError(f"a data worker died ({str(e).splitlines()[0]}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest") from None
+
+def _worker_died(e):
+    raise RuntimeError(
+        f"a data worker died ({str(e).splitlines()[0]}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest"
+    ) from None
+
 
 @contextlib.contextmanager
 def _workers_watched():
     "A worker's death is told by a signal, wherever the run is: in a step, in a grid, while saving."
-    try: yield
+    try:
+        yield
     except RuntimeError as e:
-        if "DataLoader worker" in str(e): _worker_died(e)
+        if "DataLoader worker" in str(e):
+            _worker_died(e)
         raise
+
 
 def _next(loader):
     "The next batch. Raises RuntimeError that says what to do if a data worker died."
-    try: return next(loader)
+    try:
+        return next(loader)
     except RuntimeError as e:
-        if "worker" not in str(e) and "DataLoader" not in str(e): raise
+        if "worker" not in str(e) and "DataLoader" not in str(e):
+            raise
         _worker_died(e)
 
+
 @patch
-def loop(self:Trainer, log, # open metrics.jsonl
-         grids):            # paths, appended to
+def loop(
+    self: Trainer,
+    log,  # open metrics.jsonl
+    grids,
+):  # paths, appended to
     "Steps until `max_steps`, with log lines, grids and checkpoints on the way. Raises `Stopped` after SIGTERM or SIGINT, once the state is saved."
-    c = self.config; due = lambda n: n and (self.step_done % n == 0 or self.step_done == c.max_steps)
-    keys, start, recent = batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps), self.step_done, []
-    loader = iter(DataLoader(self.train_set, batch_sampler=([ks[p] for p in part] for s, ks in enumerate(keys, start) for part in self.parts(s)), collate_fn=collate, num_workers=c.dataloader_num_workers, worker_init_fn=_deaf))
+    c = self.config
+
+    def due(n):
+        return n and (self.step_done % n == 0 or self.step_done == c.max_steps)
+
+    keys, start, recent = (
+        batch_keys(len(self.train_set), c.batch_size, c.seed, self.step_done, c.max_steps),
+        self.step_done,
+        [],
+    )
+    loader = iter(
+        DataLoader(
+            self.train_set,
+            batch_sampler=(
+                [ks[p] for p in part] for s, ks in enumerate(keys, start) for part in self.parts(s)
+            ),
+            collate_fn=collate,
+            num_workers=c.dataloader_num_workers,
+            worker_init_fn=_deaf,
+        )
+    )
     self.clock = time.perf_counter()
     with stop_requests() as asked, _workers_watched():
         for _ in (bar := progress(range(start, c.max_steps), "training", self.acc.is_main_process)):
-            before = self.step_done; batches = [(part, self._empty(_next(loader))) for part in self.parts(before)]
-            try: done = self.step(batches); recent += done or []
+            before = self.step_done
+            batches = [(part, self._empty(_next(loader))) for part in self.parts(before)]
+            try:
+                done = self.step(batches)
+                recent += done or []
             except (RuntimeError, MemoryError) as e:
-                if is_out_of_memory(e): self._no_memory(before, e)
+                if is_out_of_memory(e):
+                    self._no_memory(before, e)
                 raise
-            if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)): self._log(log, rows, bar); recent = []
-            if any(map(due, (c.sample_interval, c.checkpointing_steps, c.validation_steps))): self.gather()
-            side, free = time.perf_counter(), self.acc.is_main_process and not asked   # whoever is asked to stop does not draw first
+            if self.step_done % c.log_steps == 0 and (rows := gather_object(recent)):
+                self._log(log, rows, bar)
+                recent = []
+            if any(map(due, (c.sample_interval, c.checkpointing_steps, c.validation_steps))):
+                self.gather()
+            side, free = (
+                time.perf_counter(),
+                self.acc.is_main_process and not asked,
+            )  # whoever is asked to stop does not draw first
             if free and due(c.sample_interval):
-                grids += [g for g in [self.may_fail("the sample grid", self.grid)] if g]; last = next((r for r in reversed(self.history) if "ldm" in r), {})
-                self.acc.print(f"step {self.step_done}: " + ", ".join(f"{k} {last[k]:.4f}" for k in ("ldm", "lpips", "face") if last.get(k) is not None))
-            if c.validation_steps and self.step_done % c.validation_steps == 0 and free: self.validate(log)
-            if due(c.checkpointing_steps) and self.acc.is_main_process: self.checkpoint()
-            self.clock += time.perf_counter() - side; self._stop_if(asked)
+                grids += [g for g in [self.may_fail("the sample grid", self.grid)] if g]
+                last = next((r for r in reversed(self.history) if "ldm" in r), {})
+                self.acc.print(
+                    f"step {self.step_done}: "
+                    + ", ".join(
+                        f"{k} {last[k]:.4f}"
+                        for k in ("ldm", "lpips", "face")
+                        if last.get(k) is not None
+                    )
+                )
+            if c.validation_steps and self.step_done % c.validation_steps == 0 and free:
+                self.validate(log)
+            if due(c.checkpointing_steps) and self.acc.is_main_process:
+                self.checkpoint()
+            self.clock += time.perf_counter() - side
+            self._stop_if(asked)
+
 
 @patch
-def begin(self:Trainer):
+def begin(self: Trainer):
     "Write down what this run is; returns its folder."
-    c, known = self.config, self.path/"tracker.json"; who = json.loads(known.read_text())["id"] if c.resume and known.is_file() else uuid.uuid4().hex[:12]
-    self.write(config=asdict(c), data=dict(processes=self.acc.num_processes, **{k: str(p.resolve()) for k, p in self.manifests.items()}, **{f"{k}_info": s.info for k, s in dict(train=self.train_set, val=self.val_set).items() if s}))
-    if c.report_to in ("wandb", "trackio"): self.write(tracker=dict(id=who))   # a resumed run goes on in the same curve
-    self.may_fail(c.report_to, self.acc.init_trackers, "tensorboard" if c.report_to == "tensorboard" else "masked_ldm", {k: v for k, v in asdict(c).items() if isinstance(v, (int, float, str))},
-                  init_kwargs=dict(wandb=dict(id=who, name=self.path.name, resume="allow"), trackio=dict(name=f"{self.path.name}-{who}", resume="allow"))); return self.path
+    c, known = self.config, self.path / "tracker.json"
+    who = (
+        json.loads(known.read_text())["id"]
+        if c.resume and known.is_file()
+        else uuid.uuid4().hex[:12]
+    )
+    self.write(
+        config=asdict(c),
+        data=dict(
+            processes=self.acc.num_processes,
+            **{k: str(p.resolve()) for k, p in self.manifests.items()},
+            **{
+                f"{k}_info": s.info
+                for k, s in dict(train=self.train_set, val=self.val_set).items()
+                if s
+            },
+        ),
+    )
+    if c.report_to in ("wandb", "trackio"):
+        self.write(tracker=dict(id=who))  # a resumed run goes on in the same curve
+    self.may_fail(
+        c.report_to,
+        self.acc.init_trackers,
+        "tensorboard" if c.report_to == "tensorboard" else "masked_ldm",
+        {k: v for k, v in asdict(c).items() if isinstance(v, (int, float, str))},
+        init_kwargs=dict(
+            wandb=dict(id=who, name=self.path.name, resume="allow"),
+            trackio=dict(name=f"{self.path.name}-{who}", resume="allow"),
+        ),
+    )
+    return self.path
+
 
 @patch
-def end(self:Trainer):
+def end(self: Trainer):
     "Judge, save, close; returns the metrics, or None where nothing is judged."
-    self.gather(); self.acc.wait_for_everyone(); metrics = None
+    self.gather()
+    self.acc.wait_for_everyone()
+    metrics = None
     if self.acc.is_main_process:
-        with self.averaged() as branch: branch.save_pretrained(self.path/"controlnet")   # saved before anything else can go wrong
-        metrics = self.judge(); self.finish(metrics)
-        if self.config.push_to_hub and (where := self.may_fail("the upload to the Hub", push_to_hub, self.path, self.config.hub_model_id)): self.acc.print(f"uploaded to {where}")
-    self.may_fail(self.config.report_to, self.acc.end_training); unlock(self.path); return metrics
+        with self.averaged() as branch:
+            branch.save_pretrained(
+                self.path / "controlnet"
+            )  # saved before anything else can go wrong
+        metrics = self.judge()
+        self.finish(metrics)
+        if self.config.push_to_hub and (
+            where := self.may_fail(
+                "the upload to the Hub", push_to_hub, self.path, self.config.hub_model_id
+            )
+        ):
+            self.acc.print(f"uploaded to {where}")
+    self.may_fail(self.config.report_to, self.acc.end_training)
+    unlock(self.path)
+    return metrics
+
 
 @patch
-def _empty(self:Trainer, batch):
+def _empty(self: Trainer, batch):
     "Drop captions, by key, for classifier-free guidance."
     c = self.config
     for k, i in enumerate(batch.image_ids if c.proportion_empty_prompts else ()):
-        if int(hashlib.blake2b(f"{c.seed}/{self.step_done}/{i}".encode(), digest_size=4).hexdigest(), 16)/2**32 < c.proportion_empty_prompts:
+        if (
+            int(
+                hashlib.blake2b(
+                    f"{c.seed}/{self.step_done}/{i}".encode(), digest_size=4
+                ).hexdigest(),
+                16,
+            )
+            / 2**32
+            < c.proportion_empty_prompts
+        ):
             batch.captions[k] = ""
-            if batch.text is not None: batch.text[k] = self.train_set.cache.empty
+            if batch.text is not None:
+                batch.text[k] = self.train_set.cache.empty
     return batch
 
 # %% ../nbs/05_train.ipynb #734d7d33
 @dataclass
 class RunResult:
     "A finished run."
-    path: Path          # its folder
-    config: TrainConfig
-    history: list       # rows of metrics.jsonl
-    norms: dict         # gradient norm of each term at the branch, before the first step
-    metrics: dict       # paired one-step metrics of base and branch, or None
-    grids: list         # paths of the sample grids
 
-def train(config, # `TrainConfig`
-         ): # `RunResult`
+    path: Path  # its folder
+    config: TrainConfig
+    history: list  # rows of metrics.jsonl
+    norms: dict  # gradient norm of each term at the branch, before the first step
+    metrics: dict  # paired one-step metrics of base and branch, or None
+    grids: list  # paths of the sample grids
+
+
+def train(
+    config,  # `TrainConfig`
+):  # `RunResult`
     "Train a branch. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
-    with processes().main_process_first(): path = run_folder(config)
+    with processes().main_process_first():
+        path = run_folder(config)
     try:
-        run = Trainer(config, path); norms = run.preflight()   # before the moments are loaded: it needs memory of its own
-        if config.resume: run.go_on()
-        run.acc.print("gradient norm at the branch: " + ", ".join(f"{k} {v:.2e}" for k, v in norms.items()))
-        run.begin(); grids = [run.grid()] if run.acc.is_main_process else []
-        with open(path/"metrics.jsonl", "a") as log: run.loop(log, grids)
+        run = Trainer(config, path)
+        norms = run.preflight()  # before the moments are loaded: it needs memory of its own
+        if config.resume:
+            run.go_on()
+        run.acc.print(
+            "gradient norm at the branch: " + ", ".join(f"{k} {v:.2e}" for k, v in norms.items())
+        )
+        run.begin()
+        grids = [run.grid()] if run.acc.is_main_process else []
+        with open(path / "metrics.jsonl", "a") as log:
+            run.loop(log, grids)
         return RunResult(path, config, run.history, norms, run.end(), grids)
     except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e) or isinstance(e, OutOfMemory): raise
-        raise OutOfMemory(f"out of memory outside the steps ({str(e).splitlines()[0]}); try {advice(config, processes().device, processes().num_processes, False)}") from None
-    finally: unlock(path)
+        if not is_out_of_memory(e) or isinstance(e, OutOfMemory):
+            raise
+        raise OutOfMemory(
+            f"out of memory outside the steps ({str(e).splitlines()[0]}); try {advice(config, processes().device, processes().num_processes, False)}"
+        ) from None
+    finally:
+        unlock(path)
 
 # %% ../nbs/05_train.ipynb #f5f5fcb8
-def main(argv=None): # command line; None: sys.argv
+def main(argv=None):  # command line; None: sys.argv
     "Train a branch; every setting of `TrainConfig` is a flag."
-    ap = argparse.ArgumentParser(prog="masked-ldm-train", description=main.__doc__); kinds = typing.get_type_hints(TrainConfig)
+    ap = argparse.ArgumentParser(prog="masked-ldm-train", description=main.__doc__)
+    kinds = typing.get_type_hints(TrainConfig)
     for f in fields(TrainConfig):
         kind = (typing.get_args(kinds[f.name]) or (kinds[f.name],))[0]
-        ap.add_argument(f"--{f.name}", type={int: _number, float: _number, bool: _truth}.get(kind, str), help=f.metadata["help"], choices=f.metadata["choices"], metavar=None if f.metadata["choices"] else kind.__name__.upper(), **(dict(action="append") if kind is list else {}))
-    try: result = train(TrainConfig.make(**vars(ap.parse_args(argv))))
-    except Stopped as e: print(f"masked-ldm-train: {e}", file=sys.stderr); raise SystemExit(e.code)
+        ap.add_argument(
+            f"--{f.name}",
+            type={int: _number, float: _number, bool: _truth}.get(kind, str),
+            help=f.metadata["help"],
+            choices=f.metadata["choices"],
+            metavar=None if f.metadata["choices"] else kind.__name__.upper(),
+            **(dict(action="append") if kind is list else {}),
+        )
+    try:
+        result = train(TrainConfig.make(**vars(ap.parse_args(argv))))
+    except Stopped as e:
+        print(f"masked-ldm-train: {e}", file=sys.stderr)
+        raise SystemExit(e.code)
     except Exception as e:
-        if told(e): raise SystemExit(f"masked-ldm-train: {e}")
+        if told(e):
+            raise SystemExit(f"masked-ldm-train: {e}")
         raise
-    print(format_metrics(result.metrics) if result.metrics else 'not judged'); print(result.path)
+    print(format_metrics(result.metrics) if result.metrics else "not judged")
+    print(result.path)
+
 
 def _number(s):
-    try: return float(s)
-    except ValueError: return s
+    try:
+        return float(s)
+    except ValueError:
+        return s
 
-def _truth(s): return {"true": True, "false": False}.get(s.lower(), s)
 
-if __name__ == "__main__" and getattr(sys.modules["__main__"], "__spec__", None): main()   # python -m, not a notebook
+def _truth(s):
+    return {"true": True, "false": False}.get(s.lower(), s)
+
+
+if __name__ == "__main__" and getattr(sys.modules["__main__"], "__spec__", None):
+    main()  # python -m, not a notebook

@@ -6,110 +6,247 @@
 __all__ = ['Votes', 'win_rates', 'bradley_terry', 'agreement', 'side_bias']
 
 # %% ../nbs/08a_votes.ipynb #6562195a
-import csv, io, secrets, sqlite3, threading
+import csv
+import io
+import secrets
+import sqlite3
+import threading
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
+
 import numpy as np
 from scipy import stats
 
 # %% ../nbs/08a_votes.ipynb #4c5c5e0d
 class Votes:
     "Votes of a study in one SQLite file."
-    def __init__(self, path,  # file, made if need be
-                 about=""):   # fingerprint of the set of pictures; a file of another set is refused
+
+    def __init__(
+        self,
+        path,  # file, made if need be
+        about="",
+    ):  # fingerprint of the set of pictures; a file of another set is refused
         self.path, self._lock = Path(path), threading.Lock()
         try:
-            self.db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
-            for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-                         "CREATE TABLE IF NOT EXISTS votes (voter TEXT, pair TEXT, question TEXT, prompt INTEGER NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, choice TEXT NOT NULL CHECK (choice IN ('a', 'b', 'same')), "
-                         "a_was TEXT NOT NULL CHECK (a_was IN ('left', 'right')), at TEXT NOT NULL, PRIMARY KEY (voter, pair, question))"): self.db.execute(line)
-            for name, value in dict(about=about, secret=secrets.token_hex(32), results_key=secrets.token_urlsafe(9)).items(): self.db.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, value))
-        except sqlite3.Error as e: raise ValueError(f"votes file {path} cannot be used ({e})") from None
-        if self.know("about") != about: raise ValueError(f"votes file {path} belongs to another set of pictures: name another folder")
+            self.db = sqlite3.connect(
+                self.path, isolation_level=None, check_same_thread=False, timeout=30
+            )
+            for line in (
+                "PRAGMA journal_mode=WAL",
+                "PRAGMA synchronous=FULL",
+                "CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+                "CREATE TABLE IF NOT EXISTS votes (voter TEXT, pair TEXT, question TEXT, prompt INTEGER NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, choice TEXT NOT NULL CHECK (choice IN ('a', 'b', 'same')), "
+                "a_was TEXT NOT NULL CHECK (a_was IN ('left', 'right')), at TEXT NOT NULL, PRIMARY KEY (voter, pair, question))",
+            ):
+                self.db.execute(line)
+            for name, value in dict(
+                about=about, secret=secrets.token_hex(32), results_key=secrets.token_urlsafe(9)
+            ).items():
+                self.db.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, value))
+        except sqlite3.Error as e:
+            raise ValueError(f"votes file {path} cannot be used ({e})") from None
+        if self.know("about") != about:
+            raise ValueError(
+                f"votes file {path} belongs to another set of pictures: name another folder"
+            )
 
-    def know(self, name): # "secret", "results_key", "about"
+    def know(self, name):  # "secret", "results_key", "about"
         "A value that belongs to the study."
-        with self._lock: return self.db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()[0]
+        with self._lock:
+            return self.db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()[0]
 
-    def add(self, voter, pair, question, prompt, a, b, choice, a_was): # texts, but for the prompt's number; choice: a, b or same; a_was: left or right
+    def add(
+        self, voter, pair, question, prompt, a, b, choice, a_was
+    ):  # texts, but for the prompt's number; choice: a, b or same; a_was: left or right
         "Whether the vote was new; it is on disk when this returns. Raises ValueError for a choice that does not exist."
-        if choice not in ("a", "b", "same"): raise ValueError(f"choice {choice!r} is not a, b or same")
-        row = (voter, pair, question, prompt, a, b, choice, a_was, datetime.now(timezone.utc).isoformat(timespec="seconds"))
-        with self._lock: return self.db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row).rowcount == 1
+        if choice not in ("a", "b", "same"):
+            raise ValueError(f"choice {choice!r} is not a, b or same")
+        row = (
+            voter,
+            pair,
+            question,
+            prompt,
+            a,
+            b,
+            choice,
+            a_was,
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        with self._lock:
+            return (
+                self.db.execute(
+                    "INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row
+                ).rowcount
+                == 1
+            )
 
     def done(self, voter):
         "{(pair, question)} that a voter has answered."
-        with self._lock: return set(self.db.execute("SELECT pair, question FROM votes WHERE voter = ?", (voter,)).fetchall())
+        with self._lock:
+            return set(
+                self.db.execute(
+                    "SELECT pair, question FROM votes WHERE voter = ?", (voter,)
+                ).fetchall()
+            )
 
     def rows(self):
         "All votes as dicts, in the order they came."
-        with self._lock: cur = self.db.execute("SELECT * FROM votes ORDER BY rowid"); return [dict(zip([d[0] for d in cur.description], r)) for r in cur.fetchall()]
+        with self._lock:
+            cur = self.db.execute("SELECT * FROM votes ORDER BY rowid")
+            return [dict(zip([d[0] for d in cur.description], r)) for r in cur.fetchall()]
 
     def csv(self):
         "All votes as CSV text. Cells that a spreadsheet would take for a formula are quoted."
-        out = io.StringIO(); w = csv.writer(out); rows = self.rows(); w.writerow(rows[0] if rows else ["voter", "pair", "question", "prompt", "a", "b", "choice", "a_was", "at"])
-        for r in rows: w.writerow([f"'{v}" if str(v)[:1] in ("=", "+", "-", "@") else v for v in r.values()])
+        out = io.StringIO()
+        w = csv.writer(out)
+        rows = self.rows()
+        w.writerow(
+            rows[0]
+            if rows
+            else ["voter", "pair", "question", "prompt", "a", "b", "choice", "a_was", "at"]
+        )
+        for r in rows:
+            w.writerow([f"'{v}" if str(v)[:1] in ("=", "+", "-", "@") else v for v in r.values()])
         return out.getvalue()
 
-    def close(self): self.db.close()
+    def close(self):
+        self.db.close()
 
 # %% ../nbs/08a_votes.ipynb #2bb3f4ef
-def _prompts(rows): # votes by prompt
+def _prompts(rows):  # votes by prompt
     by = defaultdict(list)
-    for r in rows: by[r["prompt"]].append(r)
+    for r in rows:
+        by[r["prompt"]].append(r)
     return list(by.values())
 
-def _band(rows, number, draws, seed): # of a function of votes, over prompts
+
+def _band(rows, number, draws, seed):  # of a function of votes, over prompts
     groups, rng, out = _prompts(rows), np.random.default_rng(seed), []
-    for _ in range(draws): out.append(number([r for k in rng.integers(0, len(groups), len(groups)) for r in groups[k]]))
-    return np.nanquantile(np.array(out, float), (.025, .975), axis=0)
+    for _ in range(draws):
+        out.append(
+            number([r for k in rng.integers(0, len(groups), len(groups)) for r in groups[k]])
+        )
+    return np.nanquantile(np.array(out, float), (0.025, 0.975), axis=0)
 
-def _wilson(p, n, z=1.96): # share, of so many; the interval that knows how few they are (Wilson 1927)
-    mid, half = p + z*z/(2*n), z*np.sqrt(p*(1-p)/n + z*z/(4*n*n)); return np.array([mid-half, mid+half])/(1 + z*z/n)
 
-_POINTS = dict(a=1., b=0., same=.5)
+def _wilson(
+    p, n, z=1.96
+):  # share, of so many; the interval that knows how few they are (Wilson 1927)
+    mid, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return np.array([mid - half, mid + half]) / (1 + z * z / n)
 
-def win_rates(rows, draws=500, seed=0): # votes as dicts; bootstrap samples of prompts; of the bootstrap
+
+_POINTS = dict(a=1.0, b=0.0, same=0.5)
+
+
+def win_rates(
+    rows, draws=500, seed=0
+):  # votes as dicts; bootstrap samples of prompts; of the bootstrap
     "[dict: a, b, rate of a with its 95% interval, votes, same], a row a pair of models."
     out = []
     for a, b in sorted({tuple(sorted((r["a"], r["b"]))) for r in rows}):
-        mine = [r for r in rows if {r["a"], r["b"]} == {a, b}]; rate = lambda rs: np.mean([p if r["a"] == a else 1-p for r in rs for p in [_POINTS[r["choice"]]]]) if rs else np.nan
-        ends = np.stack([_band(mine, rate, draws, seed), _wilson(rate(mine), len(_prompts(mine)))]); low, high = ends[:, 0].min(), ends[:, 1].max(); out.append(dict(a=a, b=b, rate=float(rate(mine)), low=float(low), high=float(high), votes=len(mine), same=sum(r["choice"] == "same" for r in mine)))
+        mine = [r for r in rows if {r["a"], r["b"]} == {a, b}]
+
+        def rate(rs):
+            return (
+                np.mean([p if r["a"] == a else 1 - p for r in rs for p in [_POINTS[r["choice"]]]])
+                if rs
+                else np.nan
+            )
+
+        ends = np.stack([_band(mine, rate, draws, seed), _wilson(rate(mine), len(_prompts(mine)))])
+        low, high = ends[:, 0].min(), ends[:, 1].max()
+        out.append(
+            dict(
+                a=a,
+                b=b,
+                rate=float(rate(mine)),
+                low=float(low),
+                high=float(high),
+                votes=len(mine),
+                same=sum(r["choice"] == "same" for r in mine),
+            )
+        )
     return out
 
 # %% ../nbs/08a_votes.ipynb #8adc65ee
-def _points(rows, names): # (M,M): wins of i over j, half for no difference
-    w = np.zeros((len(names),)*2)
-    for r in rows: i, j, p = names.index(r["a"]), names.index(r["b"]), _POINTS[r["choice"]]; w[i, j] += p; w[j, i] += 1-p
+def _points(rows, names):  # (M,M): wins of i over j, half for no difference
+    w = np.zeros((len(names),) * 2)
+    for r in rows:
+        i, j, p = names.index(r["a"]), names.index(r["b"]), _POINTS[r["choice"]]
+        w[i, j] += p
+        w[j, i] += 1 - p
     return w
 
-def _fit(w, prior=.5): # (scores of mean zero, by Newton's steps; the curvature there)
+
+def _fit(w, prior=0.5):  # (scores of mean zero, by Newton's steps; the curvature there)
     s, n = np.zeros(len(w)), w + w.T
     for _ in range(50):
-        p = 1/(1+np.exp(s[None]-s[:, None])); q = 1/(1+np.exp(-s)); g = (w - n*p).sum(1) + prior*(1-2*q); h = n*p*(1-p)
-        H = np.diag(h.sum(1) + 2*prior*q*(1-q)) - h; step = np.linalg.solve(H, g); s = s + step*min(1, 2/max(1e-9, np.abs(step).max()))
-        if np.abs(step).max() < 1e-9: break
+        p = 1 / (1 + np.exp(s[None] - s[:, None]))
+        q = 1 / (1 + np.exp(-s))
+        g = (w - n * p).sum(1) + prior * (1 - 2 * q)
+        h = n * p * (1 - p)
+        H = np.diag(h.sum(1) + 2 * prior * q * (1 - q)) - h
+        step = np.linalg.solve(H, g)
+        s = s + step * min(1, 2 / max(1e-9, np.abs(step).max()))
+        if np.abs(step).max() < 1e-9:
+            break
     return s - s.mean(), H
 
-def bradley_terry(rows, draws=300, seed=0): # votes as dicts; bootstrap samples of prompts; of the bootstrap
+
+def bradley_terry(
+    rows, draws=300, seed=0
+):  # votes as dicts; bootstrap samples of prompts; of the bootstrap
     "{model: (score, low, high)}, scores in log odds with mean 0 and their 95% intervals, best first."
-    if not rows: return {}
-    names = sorted({r[k] for r in rows for k in "ab"}); fit = lambda rs: _fit(_points(rs, names))[0]; s, H = _fit(_points(rows, names)); low, high = _band(rows, fit, draws, seed)
-    middle = np.eye(len(s)) - 1/len(s); wide = 1.96*np.sqrt(np.diag(middle @ np.linalg.inv(H) @ middle)*len(rows)/len(_prompts(rows))); low, high = np.minimum(low, s-wide), np.maximum(high, s+wide)   # never surer than so many prompts allow
+    if not rows:
+        return {}
+    names = sorted({r[k] for r in rows for k in "ab"})
+
+    def fit(rs):
+        return _fit(_points(rs, names))[0]
+
+    s, H = _fit(_points(rows, names))
+    low, high = _band(rows, fit, draws, seed)
+    middle = np.eye(len(s)) - 1 / len(s)
+    wide = 1.96 * np.sqrt(
+        np.diag(middle @ np.linalg.inv(H) @ middle) * len(rows) / len(_prompts(rows))
+    )
+    low, high = (
+        np.minimum(low, s - wide),
+        np.maximum(high, s + wide),
+    )  # never surer than so many prompts allow
     return {names[i]: (float(s[i]), float(low[i]), float(high[i])) for i in np.argsort(-s)}
 
 # %% ../nbs/08a_votes.ipynb #4a5f0d98
-def agreement(rows): # votes as dicts
+def agreement(rows):  # votes as dicts
     "dict: Krippendorff's alpha (None without pairs that two voters saw), share of equal votes, pairs."
     units = defaultdict(list)
-    for r in rows: units[r["pair"], r["question"]].append(r["choice"])
-    units = [u for u in units.values() if len(u) > 1]; total = [c for u in units for c in u]
-    if not units: return dict(alpha=None, equal=None, pairs=0)
-    count = lambda u: np.array([u.count(c) for c in ("a", "b", "same")], float); apart = sum((len(u)**2 - (count(u)**2).sum())/(len(u)-1) for u in units)/len(total); n = len(total); chance = (n**2 - (count(total)**2).sum())/(n*(n-1))
-    return dict(alpha=float(1 - apart/chance) if chance else 1., equal=float(1-apart), pairs=len(units))
+    for r in rows:
+        units[r["pair"], r["question"]].append(r["choice"])
+    units = [u for u in units.values() if len(u) > 1]
+    total = [c for u in units for c in u]
+    if not units:
+        return dict(alpha=None, equal=None, pairs=0)
 
-def side_bias(rows): # votes as dicts
+    def count(u):
+        return np.array([u.count(c) for c in ("a", "b", "same")], float)
+
+    apart = sum((len(u) ** 2 - (count(u) ** 2).sum()) / (len(u) - 1) for u in units) / len(total)
+    n = len(total)
+    chance = (n**2 - (count(total) ** 2).sum()) / (n * (n - 1))
+    return dict(
+        alpha=float(1 - apart / chance) if chance else 1.0, equal=float(1 - apart), pairs=len(units)
+    )
+
+
+def side_bias(rows):  # votes as dicts
     "dict: share of left among votes for a side, and the p of a fair coin."
-    said = [r["choice"] == ("a" if r["a_was"] == "left" else "b") for r in rows if r["choice"] != "same"]
-    return dict(left=float(np.mean(said)) if said else None, p=float(stats.binomtest(sum(said), len(said)).pvalue) if said else None, votes=len(said))
+    said = [
+        r["choice"] == ("a" if r["a_was"] == "left" else "b") for r in rows if r["choice"] != "same"
+    ]
+    return dict(
+        left=float(np.mean(said)) if said else None,
+        p=float(stats.binomtest(sum(said), len(said)).pvalue) if said else None,
+        votes=len(said),
+    )

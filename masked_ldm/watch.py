@@ -6,59 +6,132 @@
 __all__ = ['summarise', 'plot_history', 'plot_verdict', 'command', 'model_card', 'Unimportant', 'check_tracker', 'push_to_hub']
 
 # %% ../nbs/05e_watch.ipynb #7affcfde
-import torch
 from dataclasses import asdict
 from importlib.util import find_spec
+
+import torch
+
 from .config import ConfigError, TrainConfig, changed
 from .objective import BANDS, by_band
 from .report import provenance
 
 # %% ../nbs/05e_watch.ipynb #d2536c8c
-def summarise(done, # list of (t, parts, total), from `Trainer.step`
-             ): # dict of means, and `bands`: {"0-50": {term: mean, "n": samples}}
+def summarise(
+    done,  # list of (t, parts, total), from `Trainer.step`
+):  # dict of means, and `bands`: {"0-50": {term: mean, "n": samples}}
     "Means of the terms, over all samples that had them and by band of timesteps."
-    t = torch.cat([d[0] for d in done]); parts = {k: [torch.cat([d[1][k][i] for d in done]) for i in (0, 1)] for k in done[0][1]}
-    every = by_band(t, parts, (0, 1000))["0-1000"]; bands = {b: {k: round(v, 6) for k, v in d.items()} for b, d in by_band(t, parts).items()}
-    return dict(loss=round(sum(d[2] for d in done)/len(done), 6), **{k: round(every[k], 6) if k in every else None for k in parts}, bands=bands)
+    t = torch.cat([d[0] for d in done])
+    parts = {k: [torch.cat([d[1][k][i] for d in done]) for i in (0, 1)] for k in done[0][1]}
+    every = by_band(t, parts, (0, 1000))["0-1000"]
+    bands = {b: {k: round(v, 6) for k, v in d.items()} for b, d in by_band(t, parts).items()}
+    return dict(
+        loss=round(sum(d[2] for d in done) / len(done), 6),
+        **{k: round(every[k], 6) if k in every else None for k in parts},
+        bands=bands,
+    )
 
 # %% ../nbs/05e_watch.ipynb #3a885c1c
-def plot_history(history, # rows of metrics.jsonl
-                 T=None): # the gate, drawn as a title
+def plot_history(
+    history,  # rows of metrics.jsonl
+    T=None,
+):  # the gate, drawn as a title
     "A panel a term, a colour a band of timesteps; returns the figure."
     import matplotlib.pyplot as plt
+
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
-    for ax, (k, name) in zip(axs, dict(lpips="masked LPIPS", face="face distance", ldm="diffusion loss").items()):
+    for ax, (k, name) in zip(
+        axs, dict(lpips="masked LPIPS", face="face distance", ldm="diffusion loss").items()
+    ):
         for i, band in enumerate(f"{a}-{b}" for a, b in zip(BANDS, BANDS[1:])):
-            xy = [(r["step"], r["bands"][band][k]) for r in history if k in r.get("bands", {}).get(band, {})]
-            if not xy: continue
-            x, y = zip(*xy); m = [sum(y[max(0, j-9):j+1])/len(y[max(0, j-9):j+1]) for j in range(len(y))]
-            ax.plot(x, y, ".", ms=2, c=f"C{i}", alpha=.35); ax.plot(x, m, c=f"C{i}", lw=1.2, label=f"t {band}")
-        ax.set(title=name, xlabel="step", yscale="log" if k == "ldm" else "linear"); ax.legend(fontsize=6) if ax.lines else ax.text(.5, .5, "not in this run", ha="center", transform=ax.transAxes)
-    if T is not None: fig.suptitle(f"terms by timestep band; the gate is at T = {T}", fontsize=9)
+            xy = [
+                (r["step"], r["bands"][band][k])
+                for r in history
+                if k in r.get("bands", {}).get(band, {})
+            ]
+            if not xy:
+                continue
+            x, y = zip(*xy)
+            m = [
+                sum(y[max(0, j - 9) : j + 1]) / len(y[max(0, j - 9) : j + 1]) for j in range(len(y))
+            ]
+            ax.plot(x, y, ".", ms=2, c=f"C{i}", alpha=0.35)
+            ax.plot(x, m, c=f"C{i}", lw=1.2, label=f"t {band}")
+        ax.set(title=name, xlabel="step", yscale="log" if k == "ldm" else "linear")
+        ax.legend(fontsize=6) if ax.lines else ax.text(
+            0.5, 0.5, "not in this run", ha="center", transform=ax.transAxes
+        )
+    if T is not None:
+        fig.suptitle(f"terms by timestep band; the gate is at T = {T}", fontsize=9)
     return fig
 
 # %% ../nbs/05e_watch.ipynb #9dda09b8
-def plot_verdict(grid,    # path of a sample grid, base above and branch below
-                 metrics, # from `compare`
-                 steps,   # that the branch was trained
-                ): # figure
+def plot_verdict(
+    grid,  # path of a sample grid, base above and branch below
+    metrics,  # from `compare`
+    steps,  # that the branch was trained
+):  # figure
     "What a run changed: samples from the same noise, and the distances inside people and faces before and after, with 95% intervals of the change."
     import matplotlib.pyplot as plt
-    im = plt.imread(grid); h = 9*im.shape[0]/im.shape[1]; fig, (top, low) = plt.subplots(2, 1, figsize=(9, h+1.7), height_ratios=(h, 1.5), layout="constrained")
-    top.imshow(im); top.axis("off"); top.set_title(f"the same noise and prompts before training (base) and after {steps} steps (ours)", fontsize=9)
-    rows = [(f"{name}, {cut}", m) for k, name in dict(person="people", face="faces").items() for cut, m in metrics["one_step"][k].items() if m["n"]]
+
+    im = plt.imread(grid)
+    h = 9 * im.shape[0] / im.shape[1]
+    fig, (top, low) = plt.subplots(
+        2, 1, figsize=(9, h + 1.7), height_ratios=(h, 1.5), layout="constrained"
+    )
+    top.imshow(im)
+    top.axis("off")
+    top.set_title(
+        f"the same noise and prompts before training (base) and after {steps} steps (ours)",
+        fontsize=9,
+    )
+    rows = [
+        (f"{name}, {cut}", m)
+        for k, name in dict(person="people", face="faces").items()
+        for cut, m in metrics["one_step"][k].items()
+        if m["n"]
+    ]
     for y, (name, m) in enumerate(rows):
-        c = "C2" if m["high"] < 0 else "C3" if m["low"] > 0 else "C7"; low.errorbar(100*m["change"], y, xerr=[[100*(m["change"]-m["low"])], [100*(m["high"]-m["change"])]], fmt="o", c=c, capsize=3)
-        low.annotate(f"{m['base']:.4f} \u2192 {m['model']:.4f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    low.axvline(0, c="k", lw=.8); low.set(yticks=range(len(rows)), ylim=(len(rows)-.5, -.5), xlabel="change of the distance to the truth, % (left is better)"); low.set_yticklabels([r[0] for r in rows], fontsize=8)
+        c = "C2" if m["high"] < 0 else "C3" if m["low"] > 0 else "C7"
+        low.errorbar(
+            100 * m["change"],
+            y,
+            xerr=[[100 * (m["change"] - m["low"])], [100 * (m["high"] - m["change"])]],
+            fmt="o",
+            c=c,
+            capsize=3,
+        )
+        low.annotate(
+            f"{m['base']:.4f} \u2192 {m['model']:.4f}",
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
+    low.axvline(0, c="k", lw=0.8)
+    low.set(
+        yticks=range(len(rows)),
+        ylim=(len(rows) - 0.5, -0.5),
+        xlabel="change of the distance to the truth, % (left is better)",
+    )
+    low.set_yticklabels([r[0] for r in rows], fontsize=8)
     return fig
 
 # %% ../nbs/05e_watch.ipynb #1ab66c99
-def command(config): # `TrainConfig`
+def command(config):  # `TrainConfig`
     "The command line that makes this run again: the preset and what differs from it."
-    quote = lambda v: f"'{v}'" if any(c in str(v) for c in " ?*$'\"") else str(v)
+
+    def quote(v):
+        return f"'{v}'" if any(c in str(v) for c in " ?*$'\"") else str(v)
+
     given = [(k, v) for k, v in changed(config).items() if k not in ("resume", "out_dir")]
-    return " ".join(["masked-ldm-train", f"--preset {config.preset}", *(f"--{k} {quote(x)}" for k, v in given for x in (v if isinstance(v, list) else [v]))])
+    return " ".join(
+        [
+            "masked-ldm-train",
+            f"--preset {config.preset}",
+            *(f"--{k} {quote(x)}" for k, v in given for x in (v if isinstance(v, list) else [v])),
+        ]
+    )
+
 
 _CARD = """---
 base_model: {hub}
@@ -84,40 +157,86 @@ pictures, negative is better:
 {table}
 """
 
-def model_card(config,  # `TrainConfig`
-               path,    # name the card uses for the model: a folder or Hub id
-               hub,     # Hub id of the base
-               steps,   # that were trained
-               sha,     # of the training manifest
-               table,   # of metrics, text
-               made,    # from `provenance`
-              ): # Markdown with a Hub header
+
+def model_card(
+    config,  # `TrainConfig`
+    path,  # name the card uses for the model: a folder or Hub id
+    hub,  # Hub id of the base
+    steps,  # that were trained
+    sha,  # of the training manifest
+    table,  # of metrics, text
+    made,  # from `provenance`
+):  # Markdown with a Hub header
     "The card of a trained branch."
-    kw = asdict(config) | dict(hub=hub, steps=steps, path=path, sha=sha[:12], table="    " + table.replace("\n", "\n    "), command=command(config), averaged=f", weights averaged with decay {config.ema_decay:g}" if config.use_ema else "")
-    return _CARD.format(**kw, versions=", ".join(f"{k} {v}" for k, v in made["versions"].items()), hardware=made["hardware"], commit=made["commit"] or "unknown")
+    kw = asdict(config) | dict(
+        hub=hub,
+        steps=steps,
+        path=path,
+        sha=sha[:12],
+        table="    " + table.replace("\n", "\n    "),
+        command=command(config),
+        averaged=f", weights averaged with decay {config.ema_decay:g}" if config.use_ema else "",
+    )
+    return _CARD.format(
+        **kw,
+        versions=", ".join(f"{k} {v}" for k, v in made["versions"].items()),
+        hardware=made["hardware"],
+        commit=made["commit"] or "unknown",
+    )
 
 # %% ../nbs/05e_watch.ipynb #c0ce96c0
 class Unimportant:
     "Calls a run can do without: an exception becomes a warning, said once for each kind of call."
-    def __init__(self, say=print): # where warnings go
+
+    def __init__(self, say=print):  # where warnings go
         self.say, self.failed = say, {}
 
-    def __call__(self, what, # kind of call, as a person calls it
-                 f, *args, **kw):
+    def __call__(
+        self,
+        what,  # kind of call, as a person calls it
+        f,
+        *args,
+        **kw,
+    ):
         "The result of f, or None if it failed. Interruptions pass."
-        try: return f(*args, **kw)
+        try:
+            return f(*args, **kw)
         except Exception as e:
-            if what not in self.failed: self.say(f"{what} failed, the run goes on without it: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+            if what not in self.failed:
+                self.say(
+                    f"{what} failed, the run goes on without it: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+                )
             self.failed[what] = self.failed.get(what, 0) + 1
 
-def check_tracker(name): # `TrainConfig.report_to`
-    "Raises ConfigError if the tracker's package is not installed."
-    if name != "none" and find_spec(name) is None: raise ConfigError(f"report_to {name!r} needs the package {name} (pip install {name}); report_to='none' does without a tracker")
 
-def push_to_hub(path,   # run folder
-                repo_id, # "user/name"
-               ): # address of what was uploaded
+def check_tracker(name):  # `TrainConfig.report_to`
+    "Raises ConfigError if the tracker's package is not installed."
+    if name != "none" and find_spec(name) is None:
+        raise ConfigError(
+            f"report_to {name!r} needs the package {name} (pip install {name}); report_to='none' does without a tracker"
+        )
+
+
+def push_to_hub(
+    path,  # run folder
+    repo_id,  # "user/name"
+):  # address of what was uploaded
     "Upload branch, card, settings, metrics and grids of a run to the Hugging Face Hub; needs a token, from `hf auth login` or HF_TOKEN."
     from huggingface_hub import HfApi
-    api = HfApi(); api.create_repo(repo_id, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(path), allow_patterns=["controlnet/*", "README.md", "config.json", "metrics.json", "samples/*"], commit_message="masked_ldm run"))
+
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True)
+    return str(
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(path),
+            allow_patterns=[
+                "controlnet/*",
+                "README.md",
+                "config.json",
+                "metrics.json",
+                "samples/*",
+            ],
+            commit_message="masked_ldm run",
+        )
+    )

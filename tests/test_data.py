@@ -1,247 +1,776 @@
 "Annotations that cannot be right, rules that leave nothing, manifests that no longer fit, and what the command line says of each."
-import contextlib, copy, io, json, shutil, sys
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
-import numpy as np, pytest
-from pycocotools import mask as rle
+
+import numpy as np
+import pytest
 from conftest import run
+
 
 def _main(main, args):
     "A command in this process, which starting Python and torch anew would make slow: (exit code, everything it printed)."
     out, code = io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try: main([str(a) for a in args])
-        except SystemExit as e: code = e.code if isinstance(e.code, int) else print(e.code) or 1
+        try:
+            main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else print(e.code) or 1
     return code, out.getvalue()
+
 
 def cli(*args):
     from masked_ldm.data_command import main
+
     return _main(main, args)
+
 
 def train(*args):
     from masked_ldm.train import main
+
     return _main(main, args)
 
-def last(text): return text.strip().splitlines()[-1]
+
+def last(text):
+    return text.strip().splitlines()[-1]
+
 
 @pytest.fixture(scope="module")
-def files(world): return {k: json.loads((Path(world)/"annotations"/f"{k}_val2017.json").read_text()) for k in ("instances", "captions", "person_keypoints")}
+def files(world):
+    return {
+        k: json.loads((Path(world) / "annotations" / f"{k}_val2017.json").read_text())
+        for k in ("instances", "captions", "person_keypoints")
+    }
+
 
 @pytest.fixture
 def spoil(world, files, tmp_path):
     "A COCO root whose val annotations were changed; its pictures are the world's."
+
     def make(change, kind="instances", raw=None):
-        root = tmp_path/"coco"; (root/"annotations").mkdir(parents=True, exist_ok=True)
+        root = tmp_path / "coco"
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
         for s in ("train", "val"):
-            if not (root/f"{s}2017").exists(): (root/f"{s}2017").symlink_to(Path(world).resolve()/f"{s}2017")
+            if not (root / f"{s}2017").exists():
+                (root / f"{s}2017").symlink_to(Path(world).resolve() / f"{s}2017")
         for k, d in files.items():
-            shutil.copy(Path(world)/"annotations"/f"{k}_train2017.json", root/"annotations"); d = copy.deepcopy(d)
-            if k == kind and change: change(d)
-            path = root/"annotations"/f"{k}_val2017.json"; path.write_bytes(raw(json.dumps(d).encode()) if k == kind and raw else json.dumps(d).encode())
+            shutil.copy(Path(world) / "annotations" / f"{k}_train2017.json", root / "annotations")
+            d = copy.deepcopy(d)
+            if k == kind and change:
+                change(d)
+            path = root / "annotations" / f"{k}_val2017.json"
+            path.write_bytes(
+                raw(json.dumps(d).encode()) if k == kind and raw else json.dumps(d).encode()
+            )
         return root
+
     return make
 
-def first(d): return d["annotations"][0]
+
+def first(d):
+    return d["annotations"][0]
+
+
 REFUSED = dict(
-    duplicate_image=(lambda d: d["images"].append(d["images"][3]), "instances", "instances_val2017.json: 1 image id(s) occur more than once, the first is "),
-    duplicate_annotation=(lambda d: d["annotations"].append(first(d)), "instances", "annotation id(s) occur more than once"),
-    duplicate_caption=(lambda d: d["annotations"].append(first(d)), "captions", "captions_val2017.json: 1 caption id(s) occur more than once"),
+    duplicate_image=(
+        lambda d: d["images"].append(d["images"][3]),
+        "instances",
+        "instances_val2017.json: 1 image id(s) occur more than once, the first is ",
+    ),
+    duplicate_annotation=(
+        lambda d: d["annotations"].append(first(d)),
+        "instances",
+        "annotation id(s) occur more than once",
+    ),
+    duplicate_caption=(
+        lambda d: d["annotations"].append(first(d)),
+        "captions",
+        "captions_val2017.json: 1 caption id(s) occur more than once",
+    ),
     orphan=(lambda d: first(d).update(image_id=424242), "instances", "image_id that is not there"),
     orphan_caption=(lambda d: first(d).update(image_id=424242), "captions", "the first is caption"),
-    orphan_joints=(lambda d: first(d).update(id=424242), "person_keypoints", "person_keypoints_val2017.json: 1 annotation(s) have a id that is not there"),
-    category_typo=(lambda d: [c.update(name="persom") for c in d["categories"] if c["name"] == "person"], "instances", "has no category 'person'; is 'persom' a typing error?"),
-    no_person=(lambda d: d.update(categories=[dict(id=1, name="zebra")]), "instances", "has no category 'person'; it has zebra"),
-    unknown_category=(lambda d: first(d).update(category_id=99), "instances", "category_id that is not there"),
-    category_without_name=(lambda d: d["categories"][0].pop("name"), "instances", "category number 0 has no 'name'"),
-    no_images=(lambda d: d.pop("images"), "instances", "has no list 'images'"), no_captions=(lambda d: d.pop("annotations"), "captions", "captions_val2017.json has no list 'annotations'"),
-    no_size=(lambda d: d["images"][2].pop("height"), "instances", "has no usable width and height"), negative=(lambda d: d["images"][2].update(width=-4), "instances", "has no usable width and height: -4"),
-    text_size=(lambda d: d["images"][2].update(width="64"), "instances", "has no usable width and height: '64'"), leaves=(lambda d: d["images"][2].update(file_name="../../x.png"), "instances", "no name inside the picture folder"),
-    absolute=(lambda d: d["images"][2].update(file_name="/etc/passwd"), "instances", "no name inside the picture folder"), list_id=(lambda d: first(d).update(id=[1]), "instances", "has the id [1]"),
-    no_id=(lambda d: first(d).pop("id"), "instances", "annotation number 0 has no 'id'"), not_a_record=(lambda d: d["annotations"].insert(1, "x"), "instances", "annotation number 1 has no 'id'"),
+    orphan_joints=(
+        lambda d: first(d).update(id=424242),
+        "person_keypoints",
+        "person_keypoints_val2017.json: 1 annotation(s) have a id that is not there",
+    ),
+    category_typo=(
+        lambda d: [c.update(name="persom") for c in d["categories"] if c["name"] == "person"],
+        "instances",
+        "has no category 'person'; is 'persom' a typing error?",
+    ),
+    no_person=(
+        lambda d: d.update(categories=[dict(id=1, name="zebra")]),
+        "instances",
+        "has no category 'person'; it has zebra",
+    ),
+    unknown_category=(
+        lambda d: first(d).update(category_id=99),
+        "instances",
+        "category_id that is not there",
+    ),
+    category_without_name=(
+        lambda d: d["categories"][0].pop("name"),
+        "instances",
+        "category number 0 has no 'name'",
+    ),
+    no_images=(lambda d: d.pop("images"), "instances", "has no list 'images'"),
+    no_captions=(
+        lambda d: d.pop("annotations"),
+        "captions",
+        "captions_val2017.json has no list 'annotations'",
+    ),
+    no_size=(lambda d: d["images"][2].pop("height"), "instances", "has no usable width and height"),
+    negative=(
+        lambda d: d["images"][2].update(width=-4),
+        "instances",
+        "has no usable width and height: -4",
+    ),
+    text_size=(
+        lambda d: d["images"][2].update(width="64"),
+        "instances",
+        "has no usable width and height: '64'",
+    ),
+    leaves=(
+        lambda d: d["images"][2].update(file_name="../../x.png"),
+        "instances",
+        "no name inside the picture folder",
+    ),
+    absolute=(
+        lambda d: d["images"][2].update(file_name="/etc/passwd"),
+        "instances",
+        "no name inside the picture folder",
+    ),
+    list_id=(lambda d: first(d).update(id=[1]), "instances", "has the id [1]"),
+    no_id=(lambda d: first(d).pop("id"), "instances", "annotation number 0 has no 'id'"),
+    not_a_record=(
+        lambda d: d["annotations"].insert(1, "x"),
+        "instances",
+        "annotation number 1 has no 'id'",
+    ),
     float_id=(lambda d: d["images"][0].update(id=1.5), "instances", "has the id 1.5"),
-    negative_id=(lambda d: (d["images"].append(dict(d["images"][0], id=-7, file_name="x.png"))), "instances", "image id -7 is not in the range 0"),
-    one_file_twice=(lambda d: d["images"][3].update(file_name=d["images"][1]["file_name"]), "instances", "have the same file_name"),
-    list_license=(lambda d: d["images"][2].update(license=[1]), "instances", "has the license [1], which is no whole number or text"),
-    number_url=(lambda d: d["images"][2].update(coco_url=5), "instances", "has the coco_url 5, which is no text"))
+    negative_id=(
+        lambda d: d["images"].append(dict(d["images"][0], id=-7, file_name="x.png")),
+        "instances",
+        "image id -7 is not in the range 0",
+    ),
+    one_file_twice=(
+        lambda d: d["images"][3].update(file_name=d["images"][1]["file_name"]),
+        "instances",
+        "have the same file_name",
+    ),
+    list_license=(
+        lambda d: d["images"][2].update(license=[1]),
+        "instances",
+        "has the license [1], which is no whole number or text",
+    ),
+    number_url=(
+        lambda d: d["images"][2].update(coco_url=5),
+        "instances",
+        "has the coco_url 5, which is no text",
+    ),
+)
+
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_annotations_that_cannot_be_are_refused(what, spoil):
     "B14: file and id are named."
     from masked_ldm.subset import select_pictures
+
     change, kind, said = REFUSED[what]
-    with pytest.raises(ValueError) as e: select_pictures(spoil(change, kind), "val")
-    assert said in str(e.value) and f"{kind}_val2017.json" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ValueError) as e:
+        select_pictures(spoil(change, kind), "val")
+    assert (
+        said in str(e.value) and f"{kind}_val2017.json" in str(e.value) and "\n" not in str(e.value)
+    )
+
 
 @pytest.mark.parametrize("kind", ["instances", "captions", "person_keypoints"])
-@pytest.mark.parametrize("raw, said", [(lambda b: b[:len(b)//2], "is not valid JSON"), (lambda b: b"", "is empty"), (lambda b: b"[]", "has no list"), (lambda b: b"\xff\xd8\xff\xe0"*99, "is no text"), (lambda b: b"["*100_000, "is not valid JSON"), (lambda b: b"<html>", "is not valid JSON")])
+@pytest.mark.parametrize(
+    "raw, said",
+    [
+        (lambda b: b[: len(b) // 2], "is not valid JSON"),
+        (lambda b: b"", "is empty"),
+        (lambda b: b"[]", "has no list"),
+        (lambda b: b"\xff\xd8\xff\xe0" * 99, "is no text"),
+        (lambda b: b"[" * 100_000, "is not valid JSON"),
+        (lambda b: b"<html>", "is not valid JSON"),
+    ],
+)
 def test_files_that_are_no_annotations(kind, raw, said, spoil):
     code, text = cli("build", spoil(None, kind, raw), "--split", "val", "--faces", "none")
-    assert code == 1 and last(text).startswith("masked-ldm-data build: ") and f"{kind}_val2017.json {said}" in last(text) and "Traceback" not in text, text
+    assert (
+        code == 1
+        and last(text).startswith("masked-ldm-data build: ")
+        and f"{kind}_val2017.json {said}" in last(text)
+        and "Traceback" not in text
+    ), text
+
 
 NAN, INF = float("nan"), float("inf")
-BAD_MASKS = dict(size_number=dict(size=480, counts=[81]), size_text=dict(size="ab", counts=[81]), endless=[[0, 0, 10**400, 0, 9, 9]], endless_too=[[0, 0, 10**400, .5, 9, 9]], nan=[[0, 0, NAN, 0, 9, 9]], huge=[[0, 0, 1e9, 0, 9, 9]], infinite=[[0, INF, 9, 0, 9, 9]], four=[[0, 0, 9, 9]], odd=[[0, 0, 9, 0, 9, 9, 1]], empty=[], text=[["a", 0, 9, 0, 9, 9]], none=None, number=7,
-                 size=dict(size=[9, 9], counts=[81]), short=dict(size=[64, 64], counts=[5, 5]), broken=dict(size=[64, 64], counts="P"), outside=[[-90, -90, -50, -90, -50, -50]])
+BAD_MASKS = dict(
+    size_number=dict(size=480, counts=[81]),
+    size_text=dict(size="ab", counts=[81]),
+    endless=[[0, 0, 10**400, 0, 9, 9]],
+    endless_too=[[0, 0, 10**400, 0.5, 9, 9]],
+    nan=[[0, 0, NAN, 0, 9, 9]],
+    huge=[[0, 0, 1e9, 0, 9, 9]],
+    infinite=[[0, INF, 9, 0, 9, 9]],
+    four=[[0, 0, 9, 9]],
+    odd=[[0, 0, 9, 0, 9, 9, 1]],
+    empty=[],
+    text=[["a", 0, 9, 0, 9, 9]],
+    none=None,
+    number=7,
+    size=dict(size=[9, 9], counts=[81]),
+    short=dict(size=[64, 64], counts=[5, 5]),
+    broken=dict(size=[64, 64], counts="P"),
+    outside=[[-90, -90, -50, -90, -50, -50]],
+)
+
 
 @pytest.mark.parametrize("what", BAD_MASKS)
 def test_a_mask_that_cannot_be_is_skipped_and_named(what, spoil, files):
     "B13: the picture's other people stay, the annotation is named with its file."
     from masked_ldm.subset import Rule, select_pictures
-    counts = Counter(a["image_id"] for a in files["instances"]["annotations"]); image = next(i for i, n in counts.items() if n >= 2); ids = [a["id"] for a in files["instances"]["annotations"] if a["image_id"] == image]
-    root = spoil(lambda d: [a.update(segmentation=BAD_MASKS[what]) for a in d["annotations"] if a["id"] == ids[0]]); rows, report = select_pictures(root, "val", Rule(0.))
-    assert [(b["file"], b["annotation"]) for b in report["bad_annotations"]] == [("instances_val2017.json", ids[0])] and report["bad_annotations"][0]["wrong"]
-    row, = (r for r in rows if r["image_id"] == image); assert [p["id"] for p in row["people"]] == sorted(ids[1:]) and len(rows) + sum(report["dropped"].values()) == report["pictures"]
 
-ODD = dict(bbox_nan=(dict(bbox=[NAN]*4), "bbox that is not"), bbox_endless=(dict(bbox=[10**400, 0, 1, 1]), "bbox that is not"), bbox_negative=(dict(bbox=[0, 0, -3, 4]), "bbox that is not"), area_nan=(dict(area=NAN), "area that is no"), area_negative=(dict(area=-5), "area that is no"),
-           area_text=(dict(area="9"), "area that is no"), face_nan=(dict(face_valid=True, face_box=[NAN]*4), "face_box that is not"), face_outside=(dict(face_valid=True, face_box=[500, 500, 9, 9]), "face_box outside the picture"), face_empty=(dict(face_valid=True, face_box=[3, 3, 0, 9]), "face_box that is not"))
+    counts = Counter(a["image_id"] for a in files["instances"]["annotations"])
+    image = next(i for i, n in counts.items() if n >= 2)
+    ids = [a["id"] for a in files["instances"]["annotations"] if a["image_id"] == image]
+    root = spoil(
+        lambda d: [
+            a.update(segmentation=BAD_MASKS[what]) for a in d["annotations"] if a["id"] == ids[0]
+        ]
+    )
+    rows, report = select_pictures(root, "val", Rule(0.0))
+    assert [(b["file"], b["annotation"]) for b in report["bad_annotations"]] == [
+        ("instances_val2017.json", ids[0])
+    ] and report["bad_annotations"][0]["wrong"]
+    (row,) = (r for r in rows if r["image_id"] == image)
+    assert [p["id"] for p in row["people"]] == sorted(ids[1:]) and len(rows) + sum(
+        report["dropped"].values()
+    ) == report["pictures"]
+
+
+ODD = dict(
+    bbox_nan=(dict(bbox=[NAN] * 4), "bbox that is not"),
+    bbox_endless=(dict(bbox=[10**400, 0, 1, 1]), "bbox that is not"),
+    bbox_negative=(dict(bbox=[0, 0, -3, 4]), "bbox that is not"),
+    area_nan=(dict(area=NAN), "area that is no"),
+    area_negative=(dict(area=-5), "area that is no"),
+    area_text=(dict(area="9"), "area that is no"),
+    face_nan=(dict(face_valid=True, face_box=[NAN] * 4), "face_box that is not"),
+    face_outside=(dict(face_valid=True, face_box=[500, 500, 9, 9]), "face_box outside the picture"),
+    face_empty=(dict(face_valid=True, face_box=[3, 3, 0, 9]), "face_box that is not"),
+)
+
 
 @pytest.mark.parametrize("what", ODD)
 def test_what_is_replaced_or_left_out_is_named(what, spoil, files):
     "The person stays; what could not be used of its annotation is listed, and in the manifest nothing of it is left."
     from masked_ldm.data import build_manifest, load_manifest
-    change, said = ODD[what]; k = first(files["instances"])["id"]; plain = load_manifest(build_manifest(spoil(None), "val", spoil(None)/"plain", 0., "annotation"))[0]
-    root = spoil(lambda d: first(d).update(change)); rows, info = load_manifest(build_manifest(root, "val", root/"out", 0., "annotation")); bad, = info["bad_annotations"]
-    assert bad["annotation"] == k and bad["file"] == "instances_val2017.json" and said in bad["wrong"]; p, = (p for r in rows for p in r["people"] if p["id"] == k)
-    assert p["area"] > 0 and min(p["bbox"]) >= 0 and all(0 <= f["box"][0] < r["width"] for r in rows for f in r["faces"]) and len(rows) == len(plain)
-    assert sum(len(r["faces"]) for r in plain) - info["face_boxes"] == (what.startswith("face") and bool(first(files["instances"]).get("face_valid")))
+
+    change, said = ODD[what]
+    k = first(files["instances"])["id"]
+    plain = load_manifest(
+        build_manifest(spoil(None), "val", spoil(None) / "plain", 0.0, "annotation")
+    )[0]
+    root = spoil(lambda d: first(d).update(change))
+    rows, info = load_manifest(build_manifest(root, "val", root / "out", 0.0, "annotation"))
+    (bad,) = info["bad_annotations"]
+    assert (
+        bad["annotation"] == k and bad["file"] == "instances_val2017.json" and said in bad["wrong"]
+    )
+    (p,) = (p for r in rows for p in r["people"] if p["id"] == k)
+    assert (
+        p["area"] > 0
+        and min(p["bbox"]) >= 0
+        and all(0 <= f["box"][0] < r["width"] for r in rows for f in r["faces"])
+        and len(rows) == len(plain)
+    )
+    assert sum(len(r["faces"]) for r in plain) - info["face_boxes"] == (
+        what.startswith("face") and bool(first(files["instances"]).get("face_valid"))
+    )
+
 
 def test_every_reason_is_counted(spoil):
     "Each picture is kept, or dropped under one reason."
     from masked_ldm.subset import Rule, select_pictures
+
     def change(d):
-        own = {}; [own.setdefault(a["image_id"], []).append(a) for a in d["annotations"]]; ids = sorted(own)
+        own = {}
+        [own.setdefault(a["image_id"], []).append(a) for a in d["annotations"]]
+        ids = sorted(own)
         d["annotations"] = [a for a in d["annotations"] if a["image_id"] != ids[0]]
-        for a in own[ids[1]]: a["iscrowd"] = 1
-        for a in own[ids[2]]: a["segmentation"] = []
-        for a in own[ids[3]]: a.update(segmentation=[[0, 0, 3, 0, 3, 3, 0, 3]], area=9.)
-        d["images"] = [dict(im, license=9 if im["id"] == ids[4] else im["license"]) for im in d["images"]]; d["licenses"].append(dict(id=9, name="All rights reserved"))
-    root = spoil(change); (root/"annotations"/"person_keypoints_val2017.json").unlink(); captions = root/"annotations"/"captions_val2017.json"; c = json.loads(captions.read_text()); end = max(im["id"] for im in c["images"]); c["annotations"] = [a for a in c["annotations"] if a["image_id"] != end]; captions.write_text(json.dumps(c))
-    licence = json.loads((root/"annotations"/"instances_val2017.json").read_text())["licenses"][0]["name"]; rows, report = select_pictures(root, "val", Rule(.01, licenses=(licence,)))
-    assert report["dropped"] == {"no person": 1, "only crowds": 1, "no usable mask": 1, "people below min_area": 1, "licence not allowed": 1, "no caption": 1} and len(rows) == report["pictures"] - 6
+        for a in own[ids[1]]:
+            a["iscrowd"] = 1
+        for a in own[ids[2]]:
+            a["segmentation"] = []
+        for a in own[ids[3]]:
+            a.update(segmentation=[[0, 0, 3, 0, 3, 3, 0, 3]], area=9.0)
+        d["images"] = [
+            dict(im, license=9 if im["id"] == ids[4] else im["license"]) for im in d["images"]
+        ]
+        d["licenses"].append(dict(id=9, name="All rights reserved"))
+
+    root = spoil(change)
+    (root / "annotations" / "person_keypoints_val2017.json").unlink()
+    captions = root / "annotations" / "captions_val2017.json"
+    c = json.loads(captions.read_text())
+    end = max(im["id"] for im in c["images"])
+    c["annotations"] = [a for a in c["annotations"] if a["image_id"] != end]
+    captions.write_text(json.dumps(c))
+    licence = json.loads((root / "annotations" / "instances_val2017.json").read_text())["licenses"][
+        0
+    ]["name"]
+    rows, report = select_pictures(root, "val", Rule(0.01, licenses=(licence,)))
+    assert (
+        report["dropped"]
+        == {
+            "no person": 1,
+            "only crowds": 1,
+            "no usable mask": 1,
+            "people below min_area": 1,
+            "licence not allowed": 1,
+            "no caption": 1,
+        }
+        and len(rows) == report["pictures"] - 6
+    )
+
 
 def test_a_hash_of_the_content_does_not_know_folders(world, tmp_path):
     "The manifest's content hash is that of all its rows with bare file names, wherever it lies."
     import hashlib
+
     from masked_ldm.data import build_manifest, load_manifest
+
     infos = []
-    for out in (tmp_path/"a", tmp_path/"b"/"c"):
-        path = build_manifest(world, "val", out); rows, info = load_manifest(path); infos.append(info); assert path.read_text() == "".join(json.dumps(r)+"\n" for r in rows)
-        assert info["content"] == hashlib.sha256(json.dumps([dict(r, file_name=Path(r["file_name"]).name) for r in rows]).encode()).hexdigest()
+    for out in (tmp_path / "a", tmp_path / "b" / "c"):
+        path = build_manifest(world, "val", out)
+        rows, info = load_manifest(path)
+        infos.append(info)
+        assert path.read_text() == "".join(json.dumps(r) + "\n" for r in rows)
+        assert (
+            info["content"]
+            == hashlib.sha256(
+                json.dumps([dict(r, file_name=Path(r["file_name"]).name) for r in rows]).encode()
+            ).hexdigest()
+        )
     assert infos[0]["content"] == infos[1]["content"] and infos[0]["sha256"] != infos[1]["sha256"]
+
 
 def overlap(world, root):
     "The world with a validation picture in both splits."
-    shutil.copytree(world, root); name = sorted(p.name for p in (root/"val2017").glob("*.png"))[0]; shutil.copy(root/"val2017"/name, root/"train2017")
+    shutil.copytree(world, root)
+    name = sorted(p.name for p in (root / "val2017").glob("*.png"))[0]
+    shutil.copy(root / "val2017" / name, root / "train2017")
     for k in ("instances", "captions"):
-        a, b = (json.loads((root/"annotations"/f"{k}_{s}2017.json").read_text()) for s in ("train", "val")); im, = (i for i in b["images"] if i["file_name"] == name)
-        a["images"].append(im); a["annotations"] += [dict(x, id=10**9+j) for j, x in enumerate(b["annotations"]) if x["image_id"] == im["id"]]; (root/"annotations"/f"{k}_train2017.json").write_text(json.dumps(a))
+        a, b = (
+            json.loads((root / "annotations" / f"{k}_{s}2017.json").read_text())
+            for s in ("train", "val")
+        )
+        (im,) = (i for i in b["images"] if i["file_name"] == name)
+        a["images"].append(im)
+        a["annotations"] += [
+            dict(x, id=10**9 + j)
+            for j, x in enumerate(b["annotations"])
+            if x["image_id"] == im["id"]
+        ]
+        (root / "annotations" / f"{k}_train2017.json").write_text(json.dumps(a))
     return im["id"]
+
 
 def test_a_picture_in_both_splits(world, tmp_path):
     "B14: refused when a manifest is built, by either split, and by a run; found in manifests that were made apart."
-    root = tmp_path/"coco"; i = overlap(world, root)
+    root = tmp_path / "coco"
+    i = overlap(world, root)
     for s in ("train", "val"):
-        code, text = cli("build", root, "--split", s, "--out", tmp_path/"out"); assert code == 1 and f"the first is image {i}: training and validation must not share pictures" in last(text), text
-    code, text = train("--data_root", root, "--out_dir", tmp_path/"run", "--cache_dir", tmp_path/"cache", "--max_steps", "1"); assert code == 1 and "must not share pictures" in last(text) and "Traceback" not in text, text
-    for s, other in (("train", "val"), ("val", "train")):   # each alone, where the other's captions are not there to compare with
-        away = root/"annotations"/f"captions_{other}2017.json"; away.rename(away.with_suffix(".away")); code, text = cli("build", root, "--split", s, "--out", tmp_path/"out"); away.with_suffix(".away").rename(away); assert code == 0, text
-    code, text = cli("check", tmp_path/"out"); assert code == 1 and f"1 pictures are in train and in val, the first is image {i}" in text, text
-    code, text = train("--data_root", tmp_path/"out", "--out_dir", tmp_path/"run2", "--max_steps", "1"); assert code == 1 and "in train and in val" in last(text) and "Traceback" not in text, text
+        code, text = cli("build", root, "--split", s, "--out", tmp_path / "out")
+        assert (
+            code == 1
+            and f"the first is image {i}: training and validation must not share pictures"
+            in last(text)
+        ), text
+    code, text = train(
+        "--data_root",
+        root,
+        "--out_dir",
+        tmp_path / "run",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--max_steps",
+        "1",
+    )
+    assert code == 1 and "must not share pictures" in last(text) and "Traceback" not in text, text
+    for s, other in (
+        ("train", "val"),
+        ("val", "train"),
+    ):  # each alone, where the other's captions are not there to compare with
+        away = root / "annotations" / f"captions_{other}2017.json"
+        away.rename(away.with_suffix(".away"))
+        code, text = cli("build", root, "--split", s, "--out", tmp_path / "out")
+        away.with_suffix(".away").rename(away)
+        assert code == 0, text
+    code, text = cli("check", tmp_path / "out")
+    assert code == 1 and f"1 pictures are in train and in val, the first is image {i}" in text, text
+    code, text = train(
+        "--data_root", tmp_path / "out", "--out_dir", tmp_path / "run2", "--max_steps", "1"
+    )
+    assert code == 1 and "in train and in val" in last(text) and "Traceback" not in text, text
+
 
 def test_smaller_than_a_batch_and_nothing_left(world, tmp_path):
     "B19: an error before the first step, through Python, masked-ldm-data and masked-ldm-train, on a COCO root and on manifests."
     from masked_ldm.data import build_manifest
-    with pytest.raises(ValueError, match="is left after filtering"): build_manifest(world, "val", tmp_path/"none", min_area=1.)
-    assert not (tmp_path/"none"/"metadata.jsonl").exists()
-    code, text = cli("build", world, "--out", tmp_path/"none", "--min_area", "1"); assert code == 1 and "is left after filtering" in last(text) and "people below min_area" in last(text) and not list((tmp_path/"none").rglob("metadata.jsonl")), text
-    code, text = cli("build", world, "--out", tmp_path/"people", "--min_faces", 1); assert code == 0 and f"train on it with: masked-ldm-train --data_root {tmp_path/'people'}" in text, text
-    how = ("--out_dir", tmp_path/"run", "--cache_dir", tmp_path/"cache", "--max_steps", "1")
-    for given, said in ((("--data_root", world, "--min_area", ".99"), "is left after filtering"), (("--data_root", world, "--batch_size", "500"), "batch_size 500 is more than the"), (("--data_root", tmp_path/"people", "--batch_size", "500"), "batch_size 500 is more than the")):
-        code, text = train(*given, *how); assert code == 1 and said in last(text) and "Traceback" not in text, text
+
+    with pytest.raises(ValueError, match="is left after filtering"):
+        build_manifest(world, "val", tmp_path / "none", min_area=1.0)
+    assert not (tmp_path / "none" / "metadata.jsonl").exists()
+    code, text = cli("build", world, "--out", tmp_path / "none", "--min_area", "1")
+    assert (
+        code == 1
+        and "is left after filtering" in last(text)
+        and "people below min_area" in last(text)
+        and not list((tmp_path / "none").rglob("metadata.jsonl"))
+    ), text
+    code, text = cli("build", world, "--out", tmp_path / "people", "--min_faces", 1)
+    assert (
+        code == 0
+        and f"train on it with: masked-ldm-train --data_root {tmp_path / 'people'}" in text
+    ), text
+    how = ("--out_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--max_steps", "1")
+    for given, said in (
+        (("--data_root", world, "--min_area", ".99"), "is left after filtering"),
+        (("--data_root", world, "--batch_size", "500"), "batch_size 500 is more than the"),
+        (
+            ("--data_root", tmp_path / "people", "--batch_size", "500"),
+            "batch_size 500 is more than the",
+        ),
+    ):
+        code, text = train(*given, *how)
+        assert code == 1 and said in last(text) and "Traceback" not in text, text
+
 
 def test_a_run_on_manifests(world, tmp_path):
     "A run takes the pictures that the manifests list, and says so where one is missing."
-    code, text = cli("build", world, "--out", tmp_path/"people", "--min_area", ".2"); assert code == 0, text
-    code, text = train("--data_root", tmp_path/"people", "--out_dir", tmp_path/"run", "--max_steps", "1", "--batch_size", "2", "--val_pictures", "0", "--sample_steps", "1", "--report_to", "none", "--cache_dir", tmp_path/"cache"); assert code == 0, text
-    info = json.loads((tmp_path/"run"/"data.json").read_text()); assert info["train"] == str((tmp_path/"people"/"train"/"metadata.jsonl").resolve()) and info["train_info"]["rule"]["min_area"] == .2 and not list((tmp_path/"cache").glob("*train*"))
-    shutil.rmtree(tmp_path/"people"/"val"); code, text = train("--data_root", tmp_path/"people", "--out_dir", tmp_path/"run2", "--max_steps", "1"); assert code == 1 and "has a manifest of train only" in last(text), text
+    code, text = cli("build", world, "--out", tmp_path / "people", "--min_area", ".2")
+    assert code == 0, text
+    code, text = train(
+        "--data_root",
+        tmp_path / "people",
+        "--out_dir",
+        tmp_path / "run",
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--val_pictures",
+        "0",
+        "--sample_steps",
+        "1",
+        "--report_to",
+        "none",
+        "--cache_dir",
+        tmp_path / "cache",
+    )
+    assert code == 0, text
+    info = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (
+        info["train"] == str((tmp_path / "people" / "train" / "metadata.jsonl").resolve())
+        and info["train_info"]["rule"]["min_area"] == 0.2
+        and not list((tmp_path / "cache").glob("*train*"))
+    )
+    shutil.rmtree(tmp_path / "people" / "val")
+    code, text = train(
+        "--data_root", tmp_path / "people", "--out_dir", tmp_path / "run2", "--max_steps", "1"
+    )
+    assert code == 1 and "has a manifest of train only" in last(text), text
+
 
 @pytest.fixture
 def people(world, tmp_path):
     "Manifests of a copy of the world."
-    shutil.copytree(world, tmp_path/"coco"); code, text = cli("build", tmp_path/"coco", "--out", tmp_path/"people"); assert code == 0, text
-    return tmp_path/"people"
+    shutil.copytree(world, tmp_path / "coco")
+    code, text = cli("build", tmp_path / "coco", "--out", tmp_path / "people")
+    assert code == 0, text
+    return tmp_path / "people"
 
-@pytest.mark.parametrize("change, said", [(lambda p: p.unlink(), "is missing"), (lambda p: p.write_bytes(p.read_bytes()[:700]), "truncated or damaged"), (lambda p: p.write_bytes(b""), "is empty"), (lambda p: p.write_text("<html>"), "is a web page"), (lambda p: __import__("PIL.Image").Image.new("RGB", (8, 9)).save(p), "its annotation says")])
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: p.write_bytes(p.read_bytes()[:700]), "truncated or damaged"),
+        (lambda p: p.write_bytes(b""), "is empty"),
+        (lambda p: p.write_text("<html>"), "is a web page"),
+        (lambda p: __import__("PIL.Image").Image.new("RGB", (8, 9)).save(p), "its annotation says"),
+    ],
+)
 def test_check_names_the_picture(change, said, people):
-    code, text = cli("check", people); assert code == 0, text
-    pic = sorted((people.parent/"coco"/"train2017").glob("*.png"))[1]; change(pic); code, text = cli("check", people); assert code == 1 and pic.name in text and said in text and "Traceback" not in text, text
+    code, text = cli("check", people)
+    assert code == 0, text
+    pic = sorted((people.parent / "coco" / "train2017").glob("*.png"))[1]
+    change(pic)
+    code, text = cli("check", people)
+    assert code == 1 and pic.name in text and said in text and "Traceback" not in text, text
+
 
 def test_check_of_a_manifest_that_was_edited(people):
-    m = people/"val"/"metadata.jsonl"; m.write_text(m.read_text().replace("man", "men", 1)); code, text = cli("check", people); assert code == 1 and "is not what manifest.json describes" in last(text), text
-    m.unlink(); code, text = cli("check", people); assert code == 0 and "val" not in text, text          # what is not there is not listed
-    for body in ("[]", '{"version": 3}', "7", "null"): (people/"train"/"manifest.json").write_text(body); code, text = cli("check", people); assert code == 1 and "manifest.json does not describe a manifest" in last(text) and "Traceback" not in text, text
-    (people/"train"/"manifest.json").write_text("{"); code, text = cli("check", people/"train"); assert code == 1 and "manifest.json is not valid JSON" in last(text), text
+    m = people / "val" / "metadata.jsonl"
+    m.write_text(m.read_text().replace("man", "men", 1))
+    code, text = cli("check", people)
+    assert code == 1 and "is not what manifest.json describes" in last(text), text
+    m.unlink()
+    code, text = cli("check", people)
+    assert code == 0 and "val" not in text, text  # what is not there is not listed
+    for body in ("[]", '{"version": 3}', "7", "null"):
+        (people / "train" / "manifest.json").write_text(body)
+        code, text = cli("check", people)
+        assert (
+            code == 1
+            and "manifest.json does not describe a manifest" in last(text)
+            and "Traceback" not in text
+        ), text
+    (people / "train" / "manifest.json").write_text("{")
+    code, text = cli("check", people / "train")
+    assert code == 1 and "manifest.json is not valid JSON" in last(text), text
+
 
 def test_inspect_draws_and_counts(people, tmp_path):
     from PIL import Image
-    code, text = cli("inspect", people, "--out", tmp_path/"look", "--n", 6, "--columns", 3, "--side", 64); assert code == 0, text
-    for s in ("train", "val"): assert Image.open(tmp_path/"look"/f"contact-sheet-{s}.png").size == (3*68, 2*112) and (tmp_path/"look"/f"histograms-{s}.png").is_file()
-    assert all(w in text for w in ("licences:", "dropped", "people in a picture:", "faces in a picture:", "share of the picture"))
+
+    code, text = cli(
+        "inspect", people, "--out", tmp_path / "look", "--n", 6, "--columns", 3, "--side", 64
+    )
+    assert code == 0, text
+    for s in ("train", "val"):
+        assert (
+            Image.open(tmp_path / "look" / f"contact-sheet-{s}.png").size == (3 * 68, 2 * 112)
+            and (tmp_path / "look" / f"histograms-{s}.png").is_file()
+        )
+    assert all(
+        w in text
+        for w in (
+            "licences:",
+            "dropped",
+            "people in a picture:",
+            "faces in a picture:",
+            "share of the picture",
+        )
+    )
+
 
 def test_calibrate(world):
-    code, text = cli("calibrate", world, "--train", 30, "--val", 6); assert code == 0 and "keeps 30 of" in text and "keeps 6 of" in text and "than wanted" in text, text
-    code, text = cli("calibrate", world); assert code == 1 and "wanted 37470 pictures of split train, which has" in last(text), text
+    code, text = cli("calibrate", world, "--train", 30, "--val", 6)
+    assert code == 0 and "keeps 30 of" in text and "keeps 6 of" in text and "than wanted" in text, (
+        text
+    )
+    code, text = cli("calibrate", world)
+    assert code == 1 and "wanted 37470 pictures of split train, which has" in last(text), text
+
 
 def test_calibration_counts_what_the_rule_keeps(tmp_path):
     "1,500 pictures of 640 x 480 whose shares lie between .045 and .05, closer together than a share rounded to six places tells apart."
     from masked_ldm.subset import Rule, calibrate_min_area, select_pictures
-    rng = np.random.default_rng(0); areas = rng.choice(np.arange(int(.045*307200), int(.05*307200)), 1500, replace=False).tolist(); images = [dict(id=k, width=640, height=480, file_name=f"{k}.jpg", license=1) for k in range(1500)]
-    anns = [dict(id=k, image_id=k, category_id=1, iscrowd=0, segmentation=dict(size=[480, 640], counts=[0, n, 307200-n]), area=n, bbox=[0, 0, 9, 9]) for k, n in enumerate(areas)]; (tmp_path/"annotations").mkdir()
-    for kind, d in (("instances", dict(images=images, annotations=anns, categories=[dict(id=1, name="person")])), ("captions", dict(images=images, annotations=[dict(id=k, image_id=k, caption="a man") for k in range(1500)]))):
-        (tmp_path/"annotations"/f"{kind}_val2017.json").write_text(json.dumps(d))
+
+    rng = np.random.default_rng(0)
+    areas = rng.choice(
+        np.arange(int(0.045 * 307200), int(0.05 * 307200)), 1500, replace=False
+    ).tolist()
+    images = [
+        dict(id=k, width=640, height=480, file_name=f"{k}.jpg", license=1) for k in range(1500)
+    ]
+    anns = [
+        dict(
+            id=k,
+            image_id=k,
+            category_id=1,
+            iscrowd=0,
+            segmentation=dict(size=[480, 640], counts=[0, n, 307200 - n]),
+            area=n,
+            bbox=[0, 0, 9, 9],
+        )
+        for k, n in enumerate(areas)
+    ]
+    (tmp_path / "annotations").mkdir()
+    for kind, d in (
+        (
+            "instances",
+            dict(images=images, annotations=anns, categories=[dict(id=1, name="person")]),
+        ),
+        (
+            "captions",
+            dict(
+                images=images,
+                annotations=[dict(id=k, image_id=k, caption="a man") for k in range(1500)],
+            ),
+        ),
+    ):
+        (tmp_path / "annotations" / f"{kind}_val2017.json").write_text(json.dumps(d))
     for n in (1, 28, 29, 30, 700, 1499, 1500):
-        v = calibrate_min_area(tmp_path, dict(val=n))["val"]; assert v["kept"] == n == len(select_pictures(tmp_path, "val", Rule(v["min_area"]))[0]), v
+        v = calibrate_min_area(tmp_path, dict(val=n))["val"]
+        assert v["kept"] == n == len(select_pictures(tmp_path, "val", Rule(v["min_area"]))[0]), v
+
 
 def test_faces_by_shares_are_the_faces_at_once(people, tmp_path):
     "Many jobs, then build: the same bytes as build alone."
-    root = people.parent/"coco"
-    for k in range(3): code, text = cli("faces", root, "--out", tmp_path/"jobs", "--split", "val", "--shard", f"{k}/3"); assert code == 0, text
-    for out in ("jobs", "once"): code, text = cli("build", root, "--out", tmp_path/out, "--split", "val", "--faces", "mtcnn"); assert code == 0, text
-    assert (tmp_path/"jobs"/"val"/"metadata.jsonl").read_bytes() == (tmp_path/"once"/"val"/"metadata.jsonl").read_bytes()
+    root = people.parent / "coco"
+    for k in range(3):
+        code, text = cli(
+            "faces", root, "--out", tmp_path / "jobs", "--split", "val", "--shard", f"{k}/3"
+        )
+        assert code == 0, text
+    for out in ("jobs", "once"):
+        code, text = cli(
+            "build", root, "--out", tmp_path / out, "--split", "val", "--faces", "mtcnn"
+        )
+        assert code == 0, text
+    assert (tmp_path / "jobs" / "val" / "metadata.jsonl").read_bytes() == (
+        tmp_path / "once" / "val" / "metadata.jsonl"
+    ).read_bytes()
+
 
 def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
     "Two shares; a run with the same settings encodes nothing; the tar files hold it."
-    how = ("--size", "64", "--cache_dir", tmp_path/"cache")
-    for k in (0, 1): code, text = cli("cache", people, *how, "--shard", f"{k}/2"); assert code == 0, text
-    code, text = train("--data_root", people, *how, "--cache_latents", "True", "--out_dir", tmp_path/"run", "--max_steps", "1", "--batch_size", "2", "--val_pictures", "0", "--sample_steps", "1", "--report_to", "none")
+    how = ("--size", "64", "--cache_dir", tmp_path / "cache")
+    for k in (0, 1):
+        code, text = cli("cache", people, *how, "--shard", f"{k}/2")
+        assert code == 0, text
+    code, text = train(
+        "--data_root",
+        people,
+        *how,
+        "--cache_latents",
+        "True",
+        "--out_dir",
+        tmp_path / "run",
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--val_pictures",
+        "0",
+        "--sample_steps",
+        "1",
+        "--report_to",
+        "none",
+    )
     assert code == 0 and "are read from" in text and "were made" not in text, text
     from masked_ldm.stream import StreamDataset
-    for k in (0, 1): code, text = cli("shard", people, *how, "--cached", "--out", tmp_path/"tars", "--pictures", 4, "--shard", f"{k}/2"); assert code == 0 and "run it again with --index" in text, text
-    code, text = cli("shard", people, *how, "--out", tmp_path/"tars", "--index"); assert code == 0 and "index.json" in text, text
-    ids = [s["image_id"] for s in StreamDataset(tmp_path/"tars"/"train", 64)]; rows = [json.loads(l)["image_id"] for l in (people/"train"/"metadata.jsonl").read_text().splitlines()]; assert sorted(ids) == sorted(rows)
 
-@pytest.mark.parametrize("line, code, said", [
-    ("", 2, "the following arguments are required"), ("bild", 2, "invalid choice"), ("build", 2, "required: root"), ("build X --min_area 2", 2, "min_area must be a share of the picture, 0 to 1, not 2.0"), ("build X --min_area x", 2, "argument --min_area: invalid float value: 'x'"),
-    ("build X --min_are .1", 2, "unrecognized arguments: --min_are"), ("build X --crowd maybe", 2, "argument --crowd: invalid choice"), ("build X --need_caption maybe", 2, "must be True or False, not 'maybe'"), ("build X --split test", 2, "invalid choice"), ("download X --workers 0", 2, "workers must be 1 or more, not 0"),
-    ("download X --retries -1", 2, "retries must be 0 or more, not -1"), ("download X --min_area -1", 2, "min_area must be a share"), ("calibrate X --train 0 --val 0", 2, "nothing to calibrate"), ("inspect X --n 0", 2, "n must be 1 or more, not 0"),
-    ("build X", 1, "instances_train2017.json is missing: a COCO 2017 root has"), ("check X", 1, "has no manifest"), ("inspect X", 1, "has no manifest"), ("calibrate X", 1, "instances_train2017.json is missing"), ("download WORLD --licenses zzz", 1, "licenses: 'zzz' is none of this data set's"), ("build WORLD --out FILE", 1, "afile"),
-    ("faces X --shard 3/2", 2, "shard must be i/n"), ("faces X --min_score 2", 2, "min_score"), ("cache X", 1, "data_root"), ("cache X --size 63", 1, "size must be a multiple of 8"), ("shard X", 2, "required: --out"), ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"), ("build X --max_bad 3", 1, "max_bad must be a share"),
-    ("build X --faces mtcnn --device banana", 2, "device 'banana' is not there"), ("faces X --device cuda:99", 2, "device 'cuda:99' is not there"), ("cache X --device banana", 2, "device 'banana' is not there")])
+    for k in (0, 1):
+        code, text = cli(
+            "shard",
+            people,
+            *how,
+            "--cached",
+            "--out",
+            tmp_path / "tars",
+            "--pictures",
+            4,
+            "--shard",
+            f"{k}/2",
+        )
+        assert code == 0 and "run it again with --index" in text, text
+    code, text = cli("shard", people, *how, "--out", tmp_path / "tars", "--index")
+    assert code == 0 and "index.json" in text, text
+    ids = [s["image_id"] for s in StreamDataset(tmp_path / "tars" / "train", 64)]
+    rows = [
+        json.loads(l)["image_id"]
+        for l in (people / "train" / "metadata.jsonl").read_text().splitlines()
+    ]
+    assert sorted(ids) == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    "line, code, said",
+    [
+        ("", 2, "the following arguments are required"),
+        ("bild", 2, "invalid choice"),
+        ("build", 2, "required: root"),
+        ("build X --min_area 2", 2, "min_area must be a share of the picture, 0 to 1, not 2.0"),
+        ("build X --min_area x", 2, "argument --min_area: invalid float value: 'x'"),
+        ("build X --min_are .1", 2, "unrecognized arguments: --min_are"),
+        ("build X --crowd maybe", 2, "argument --crowd: invalid choice"),
+        ("build X --need_caption maybe", 2, "must be True or False, not 'maybe'"),
+        ("build X --split test", 2, "invalid choice"),
+        ("download X --workers 0", 2, "workers must be 1 or more, not 0"),
+        ("download X --retries -1", 2, "retries must be 0 or more, not -1"),
+        ("download X --min_area -1", 2, "min_area must be a share"),
+        ("calibrate X --train 0 --val 0", 2, "nothing to calibrate"),
+        ("inspect X --n 0", 2, "n must be 1 or more, not 0"),
+        ("build X", 1, "instances_train2017.json is missing: a COCO 2017 root has"),
+        ("check X", 1, "has no manifest"),
+        ("inspect X", 1, "has no manifest"),
+        ("calibrate X", 1, "instances_train2017.json is missing"),
+        ("download WORLD --licenses zzz", 1, "licenses: 'zzz' is none of this data set's"),
+        ("build WORLD --out FILE", 1, "afile"),
+        ("faces X --shard 3/2", 2, "shard must be i/n"),
+        ("faces X --min_score 2", 2, "min_score"),
+        ("cache X", 1, "data_root"),
+        ("cache X --size 63", 1, "size must be a multiple of 8"),
+        ("shard X", 2, "required: --out"),
+        ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"),
+        ("build X --max_bad 3", 1, "max_bad must be a share"),
+        ("build X --faces mtcnn --device banana", 2, "device 'banana' is not there"),
+        ("faces X --device cuda:99", 2, "device 'cuda:99' is not there"),
+        ("cache X --device banana", 2, "device 'banana' is not there"),
+    ],
+)
 def test_exit_codes_and_sentences(line, code, said, world, tmp_path):
-    (tmp_path/"afile").write_text(""); got, text = cli(*(dict(X=tmp_path/"nowhere", WORLD=world, FILE=tmp_path/"afile").get(w, w) for w in line.split())); assert got == code and said in last(text) and last(text).startswith("masked-ldm-data") and "Traceback" not in text, text
+    (tmp_path / "afile").write_text("")
+    got, text = cli(
+        *(
+            dict(X=tmp_path / "nowhere", WORLD=world, FILE=tmp_path / "afile").get(w, w)
+            for w in line.split()
+        )
+    )
+    assert (
+        got == code
+        and said in last(text)
+        and last(text).startswith("masked-ldm-data")
+        and "Traceback" not in text
+    ), text
 
-@pytest.mark.parametrize("command", ["download", "build", "faces", "inspect", "check", "calibrate", "cache", "shard"])
+
+@pytest.mark.parametrize(
+    "command", ["download", "build", "faces", "inspect", "check", "calibrate", "cache", "shard"]
+)
 def test_help_tells_every_setting(command):
     "Every flag says what it is, and the rule's are those of Python."
     from dataclasses import fields
+
     from masked_ldm.data_command import make_parser
     from masked_ldm.subset import Rule
-    sub = make_parser()._subparsers._group_actions[0].choices[command]; flags = {a.dest for a in sub._actions}; assert all(a.help for a in sub._actions), [a.dest for a in sub._actions if not a.help]
-    if command in ("build", "faces", "download"): assert {f.name for f in fields(Rule)} <= flags | ({"min_faces"} if command == "download" else set())
-    assert not any("None:" in a.help for a in sub._actions)   # Python's way to say it
-    code, text = cli(command, "--help"); assert code == 0 and "usage: masked-ldm-data " + command in text
+
+    sub = make_parser()._subparsers._group_actions[0].choices[command]
+    flags = {a.dest for a in sub._actions}
+    assert all(a.help for a in sub._actions), [a.dest for a in sub._actions if not a.help]
+    if command in ("build", "faces", "download"):
+        assert {f.name for f in fields(Rule)} <= flags | (
+            {"min_faces"} if command == "download" else set()
+        )
+    assert not any("None:" in a.help for a in sub._actions)  # Python's way to say it
+    code, text = cli(command, "--help")
+    assert code == 0 and "usage: masked-ldm-data " + command in text
+
 
 def test_exit_codes_of_a_process(world, tmp_path):
     "The same from outside."
-    for args, want, said in ((("check", tmp_path), 1, "has no manifest"), (("build", tmp_path, "--min_area", "2"), 2, "min_area must be a share")):
-        code, text = run(sys.executable, "-m", "masked_ldm.data_command", *args); assert code == want and last(text).startswith("masked-ldm-data") and said in last(text) and "Traceback" not in text, text
+    for args, want, said in (
+        (("check", tmp_path), 1, "has no manifest"),
+        (("build", tmp_path, "--min_area", "2"), 2, "min_area must be a share"),
+    ):
+        code, text = run(sys.executable, "-m", "masked_ldm.data_command", *args)
+        assert (
+            code == want
+            and last(text).startswith("masked-ldm-data")
+            and said in last(text)
+            and "Traceback" not in text
+        ), text

@@ -1,171 +1,467 @@
 "Fetching annotations and pictures from a server that behaves well, badly, or not at all; everything on the loopback address."
-import http.server, json, os, random, shutil, signal, subprocess, sys, threading, time, zipfile
+
+import http.server
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
 from pathlib import Path
+
 import pytest
-from PIL import Image
 from conftest import ROOT, run
+from PIL import Image
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    def log_message(self, *a): pass
+
+    def log_message(self, *a):
+        pass
+
     def do_GET(self):
-        s = self.server; first = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0]); s.asked.append((self.path, first)); mood = s.moods.get(self.path, s.mood)
-        if isinstance(mood, list): mood = mood.pop(0) if mood else None
-        if s.slow: time.sleep(s.slow)
-        if s.holds and len(s.asked) > s.holds: s.go.wait(60)
-        if s.dead and len(s.asked) > s.dead: self.close_connection = True; return self.connection.close()
-        path = s.folder/self.path.lstrip("/")
-        if isinstance(mood, int) or not path.is_file(): return self.send_error(mood or 404)
-        body = dict(html=b"<!DOCTYPE html><p>Please log in", empty=b"", bomb=b"\x89PNG\r\n\x1a\n").get(mood, path.read_bytes())
-        if mood == "short": body = body[:len(body)//2]
-        if mood == "no range": first = 0
-        if first > len(body) or (first == len(body) and first): self.send_response(416); self.send_header("Content-Length", "0"); return self.end_headers()
-        if s.heeds and self.headers.get("If-Range") not in (None, *s.tags): first = 0
-        self.send_response(206 if first else 200); [self.send_header(k, v) for k, v in zip(("ETag", "Last-Modified"), s.tags) if v]; self.send_header("Content-Length", str(len(body)-first))
-        if first: self.send_header("Content-Range", f"bytes {first if mood != 'wrong range' else 0}-{len(body)-1}/{len(body)}")
-        self.end_headers(); sent = body[first:]
-        if mood == "dies": self.close_connection = True; sent = sent[:len(sent)//2]
+        s = self.server
+        first = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        s.asked.append((self.path, first))
+        mood = s.moods.get(self.path, s.mood)
+        if isinstance(mood, list):
+            mood = mood.pop(0) if mood else None
+        if s.slow:
+            time.sleep(s.slow)
+        if s.holds and len(s.asked) > s.holds:
+            s.go.wait(60)
+        if s.dead and len(s.asked) > s.dead:
+            self.close_connection = True
+            return self.connection.close()
+        path = s.folder / self.path.lstrip("/")
+        if isinstance(mood, int) or not path.is_file():
+            return self.send_error(mood or 404)
+        body = dict(
+            html=b"<!DOCTYPE html><p>Please log in", empty=b"", bomb=b"\x89PNG\r\n\x1a\n"
+        ).get(mood, path.read_bytes())
+        if mood == "short":
+            body = body[: len(body) // 2]
+        if mood == "no range":
+            first = 0
+        if first > len(body) or (first == len(body) and first):
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if s.heeds and self.headers.get("If-Range") not in (None, *s.tags):
+            first = 0
+        self.send_response(206 if first else 200)
+        [self.send_header(k, v) for k, v in zip(("ETag", "Last-Modified"), s.tags) if v]
+        self.send_header("Content-Length", str(len(body) - first))
+        if first:
+            self.send_header(
+                "Content-Range",
+                f"bytes {first if mood != 'wrong range' else 0}-{len(body) - 1}/{len(body)}",
+            )
+        self.end_headers()
+        sent = body[first:]
+        if mood == "dies":
+            self.close_connection = True
+            sent = sent[: len(sent) // 2]
         self.wfile.write(sent)
+
 
 @pytest.fixture
 def served(world, tmp_path):
     "(server, COCO root with annotations only)"
-    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler); s.folder, s.moods, s.mood, s.asked, s.slow, s.dead, s.tags, s.heeds, s.holds, s.go = Path(world), {}, None, [], 0, 0, (), True, 0, threading.Event(); s.url = f"http://127.0.0.1:{s.server_port}"
-    threading.Thread(target=s.serve_forever, daemon=True).start(); root = tmp_path/"coco"; shutil.copytree(Path(world)/"annotations", root/"annotations")
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    s.folder, s.moods, s.mood, s.asked, s.slow, s.dead, s.tags, s.heeds, s.holds, s.go = (
+        Path(world),
+        {},
+        None,
+        [],
+        0,
+        0,
+        (),
+        True,
+        0,
+        threading.Event(),
+    )
+    s.url = f"http://127.0.0.1:{s.server_port}"
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    root = tmp_path / "coco"
+    shutil.copytree(Path(world) / "annotations", root / "annotations")
     yield s, root
-    s.go.set(); s.shutdown(); s.server_close()
+    s.go.set()
+    s.shutdown()
+    s.server_close()
+
 
 def download(s, root, split="val", **kw):
     from masked_ldm.download import download_pictures
     from masked_ldm.subset import Rule
-    return download_pictures(root, split, Rule(0.), **dict(dict(mirror=s.url, retries=2, wait=.01, timeout=5), **kw))
 
-def names(root, split="val"): return sorted(p.name for p in (Path(root)/f"{split}2017").glob("*.png"))
-def same(s, root, split="val"): return all((root/f"{split}2017"/n).read_bytes() == (s.folder/f"{split}2017"/n).read_bytes() for n in names(root, split))
-def leftovers(root): return [p.name for p in Path(root).rglob("*.part*")]
+    return download_pictures(
+        root, split, Rule(0.0), **dict(dict(mirror=s.url, retries=2, wait=0.01, timeout=5), **kw)
+    )
+
+
+def names(root, split="val"):
+    return sorted(p.name for p in (Path(root) / f"{split}2017").glob("*.png"))
+
+
+def same(s, root, split="val"):
+    return all(
+        (root / f"{split}2017" / n).read_bytes() == (s.folder / f"{split}2017" / n).read_bytes()
+        for n in names(root, split)
+    )
+
+
+def leftovers(root):
+    return [p.name for p in Path(root).rglob("*.part*")]
+
 
 def test_only_what_the_rule_keeps_comes_and_comes_once(served):
     from masked_ldm.download import download_pictures
     from masked_ldm.subset import Rule, select_pictures
-    s, root = served; rule = Rule(.2); want = {r["file_name"] for r in select_pictures(root, "val", rule)[0]}; how = dict(mirror=s.url, retries=0)
-    r = download_pictures(root, "val", rule, **how); assert set(names(root)) == want and 0 < len(want) < 12 and r["fetched"] == len(want) == len(s.asked) and not r["failed"] and same(s, root) and not leftovers(root)
-    s.asked.clear(); r = download_pictures(root, "val", rule, **how); assert (r["fetched"], r["there"], r["bytes"], s.asked) == (0, len(want), 0, [])
-    r = download_pictures(root, "val", Rule(0.), **how); assert r["there"] == len(want) and r["fetched"] == r["wanted"] - len(want)
-    assert json.loads((root/"download-val.json").read_text()) == r
 
-@pytest.mark.parametrize("mood, wrong, asked", [(404, "the server says 404", 1), (403, "the server says 403", 1), (503, "the server says 503", 3), ("html", "is a web page", 3), ("short", "truncated or damaged", 3), ("empty", "is empty", 3), ("bomb", "", 3), ("dies", "the connection broke off", 3)])
+    s, root = served
+    rule = Rule(0.2)
+    want = {r["file_name"] for r in select_pictures(root, "val", rule)[0]}
+    how = dict(mirror=s.url, retries=0)
+    r = download_pictures(root, "val", rule, **how)
+    assert (
+        set(names(root)) == want
+        and 0 < len(want) < 12
+        and r["fetched"] == len(want) == len(s.asked)
+        and not r["failed"]
+        and same(s, root)
+        and not leftovers(root)
+    )
+    s.asked.clear()
+    r = download_pictures(root, "val", rule, **how)
+    assert (r["fetched"], r["there"], r["bytes"], s.asked) == (0, len(want), 0, [])
+    r = download_pictures(root, "val", Rule(0.0), **how)
+    assert r["there"] == len(want) and r["fetched"] == r["wanted"] - len(want)
+    assert json.loads((root / "download-val.json").read_text()) == r
+
+
+@pytest.mark.parametrize(
+    "mood, wrong, asked",
+    [
+        (404, "the server says 404", 1),
+        (403, "the server says 403", 1),
+        (503, "the server says 503", 3),
+        ("html", "is a web page", 3),
+        ("short", "truncated or damaged", 3),
+        ("empty", "is empty", 3),
+        ("bomb", "", 3),
+        ("dies", "the connection broke off", 3),
+    ],
+)
 def test_a_bad_picture_is_named_and_the_rest_comes(mood, wrong, asked, served):
-    s, root = served; name = sorted(p.name for p in (s.folder/"val2017").glob("*.png"))[4]; s.moods[f"/val2017/{name}"] = mood
-    r = download(s, root); assert [f["file_name"] for f in r["failed"]] == [name] and wrong in r["failed"][0]["wrong"] and r["fetched"] == r["wanted"]-1 and name not in names(root) and same(s, root)
+    s, root = served
+    name = sorted(p.name for p in (s.folder / "val2017").glob("*.png"))[4]
+    s.moods[f"/val2017/{name}"] = mood
+    r = download(s, root)
+    assert (
+        [f["file_name"] for f in r["failed"]] == [name]
+        and wrong in r["failed"][0]["wrong"]
+        and r["fetched"] == r["wanted"] - 1
+        and name not in names(root)
+        and same(s, root)
+    )
     assert len([p for p, _ in s.asked if p.endswith(name)]) == asked
-    s.moods.clear(); r = download(s, root); assert (r["fetched"], r["failed"]) == (1, []) and same(s, root) and not leftovers(root)
+    s.moods.clear()
+    r = download(s, root)
+    assert (r["fetched"], r["failed"]) == (1, []) and same(s, root) and not leftovers(root)
 
-@pytest.mark.parametrize("moods", [[503], [429, 500], ["dies"], ["dies", "dies"], ["short"], ["html", "dies"], ["empty"]])
+
+@pytest.mark.parametrize(
+    "moods", [[503], [429, 500], ["dies"], ["dies", "dies"], ["short"], ["html", "dies"], ["empty"]]
+)
 def test_what_passes_is_waited_out(moods, served):
     s, root = served
-    for p in (s.folder/"val2017").glob("*.png"): s.moods[f"/val2017/{p.name}"] = list(moods)
-    r = download(s, root); assert not r["failed"] and r["fetched"] == r["wanted"] and same(s, root) and not leftovers(root)
+    for p in (s.folder / "val2017").glob("*.png"):
+        s.moods[f"/val2017/{p.name}"] = list(moods)
+    r = download(s, root)
+    assert not r["failed"] and r["fetched"] == r["wanted"] and same(s, root) and not leftovers(root)
+
 
 def test_retry_after_is_obeyed(served, monkeypatch):
     from masked_ldm import download as d
-    s, root = served; waited = []; again = d._Again("busy", 7); monkeypatch.setattr(d, "_attempt", lambda *a: (_ for _ in ()).throw(again))
+
+    s, root = served
+    waited = []
+    again = d._Again("busy", 7)
+    monkeypatch.setattr(d, "_attempt", lambda *a: (_ for _ in ()).throw(again))
+
     class Stop(threading.Event):
-        def wait(self, t): waited.append(t)
-    with pytest.raises(d.FetchError, match="could not be fetched: busy"): d.fetch(s.url, root/"x", retries=2, wait=.01, stop=Stop())
+        def wait(self, t):
+            waited.append(t)
+
+    with pytest.raises(d.FetchError, match="could not be fetched: busy"):
+        d.fetch(s.url, root / "x", retries=2, wait=0.01, stop=Stop())
     assert waited == [7, 7]
 
+
 def big(s, n=300_000):
-    (s.folder/"big.bin").write_bytes(random.Random(0).randbytes(n)); return s.url+"/big.bin", s.folder/"big.bin"
+    (s.folder / "big.bin").write_bytes(random.Random(0).randbytes(n))
+    return s.url + "/big.bin", s.folder / "big.bin"
+
 
 def test_a_part_is_gone_on_with(served):
     from masked_ldm.download import FetchError, fetch
-    s, root = served; url, whole = big(s); to = root/"big.bin"; s.moods["/big.bin"] = "dies"
-    with pytest.raises(FetchError, match="the connection broke off"): fetch(url, to, retries=0, timeout=5)
-    part = to.with_name("big.bin.part"); have = part.stat().st_size; assert 0 < have < 300_000 and not to.exists()
-    s.moods.clear(); s.asked.clear(); assert fetch(url, to) == 300_000-have and s.asked == [("/big.bin", have)] and to.read_bytes() == whole.read_bytes() and not part.exists()
 
-@pytest.mark.parametrize("tags, later", [(('"a"', ""), ('"b"', "")), (("", "Tue, 03 Jun 2025 10:00:00 GMT"), ("", "Wed, 04 Jun 2025 10:00:00 GMT")), (('W/"a"', "Tue, 03 Jun 2025 10:00:00 GMT"), ('W/"a"', "Wed, 04 Jun 2025 10:00:00 GMT")), (None, ('"b"', ""))])
+    s, root = served
+    url, whole = big(s)
+    to = root / "big.bin"
+    s.moods["/big.bin"] = "dies"
+    with pytest.raises(FetchError, match="the connection broke off"):
+        fetch(url, to, retries=0, timeout=5)
+    part = to.with_name("big.bin.part")
+    have = part.stat().st_size
+    assert 0 < have < 300_000 and not to.exists()
+    s.moods.clear()
+    s.asked.clear()
+    assert (
+        fetch(url, to) == 300_000 - have
+        and s.asked == [("/big.bin", have)]
+        and to.read_bytes() == whole.read_bytes()
+        and not part.exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "tags, later",
+    [
+        (('"a"', ""), ('"b"', "")),
+        (("", "Tue, 03 Jun 2025 10:00:00 GMT"), ("", "Wed, 04 Jun 2025 10:00:00 GMT")),
+        (('W/"a"', "Tue, 03 Jun 2025 10:00:00 GMT"), ('W/"a"', "Wed, 04 Jun 2025 10:00:00 GMT")),
+        (None, ('"b"', "")),
+    ],
+)
 @pytest.mark.parametrize("heeds", [True, False])
 def test_a_part_of_another_file_is_not_gone_on_with(tags, later, heeds, served):
     "The file at the server is replaced by one of the same length after the first half came; `heeds`: does the server look at If-Range?"
     from masked_ldm.download import FetchError, fetch
-    s, root = served; url, whole = big(s); to = root/"big.bin"; s.moods["/big.bin"], s.tags = "dies", tags or ()
-    with pytest.raises(FetchError, match="the connection broke off"): fetch(url, to, retries=0, timeout=5)
-    whole.write_bytes(random.Random(1).randbytes(300_000)); s.moods.clear(); s.asked.clear(); s.tags, s.heeds = later, heeds
-    fetch(url, to, retries=1, wait=.01); assert to.read_bytes() == whole.read_bytes() and not leftovers(root)
+
+    s, root = served
+    url, whole = big(s)
+    to = root / "big.bin"
+    s.moods["/big.bin"], s.tags = "dies", tags or ()
+    with pytest.raises(FetchError, match="the connection broke off"):
+        fetch(url, to, retries=0, timeout=5)
+    whole.write_bytes(random.Random(1).randbytes(300_000))
+    s.moods.clear()
+    s.asked.clear()
+    s.tags, s.heeds = later, heeds
+    fetch(url, to, retries=1, wait=0.01)
+    assert to.read_bytes() == whole.read_bytes() and not leftovers(root)
     assert s.asked[0][1] > 0 and len(s.asked) == (1 if heeds and tags else 2)
+
 
 def test_a_part_of_the_same_file_is(served):
     from masked_ldm.download import FetchError, fetch
-    s, root = served; url, whole = big(s); to = root/"big.bin"; s.moods["/big.bin"], s.tags = "dies", ('"a"', "")
-    with pytest.raises(FetchError): fetch(url, to, retries=0, timeout=5)
-    have = to.with_name("big.bin.part").stat().st_size; s.moods.clear(); s.asked.clear(); assert fetch(url, to) == 300_000-have and s.asked == [("/big.bin", have)] and to.read_bytes() == whole.read_bytes() and not leftovers(root)
+
+    s, root = served
+    url, whole = big(s)
+    to = root / "big.bin"
+    s.moods["/big.bin"], s.tags = "dies", ('"a"', "")
+    with pytest.raises(FetchError):
+        fetch(url, to, retries=0, timeout=5)
+    have = to.with_name("big.bin.part").stat().st_size
+    s.moods.clear()
+    s.asked.clear()
+    assert (
+        fetch(url, to) == 300_000 - have
+        and s.asked == [("/big.bin", have)]
+        and to.read_bytes() == whole.read_bytes()
+        and not leftovers(root)
+    )
+
 
 @pytest.mark.parametrize("url", ["http://[bad", "http://", "ftp://x/y", "nowhere", "http://a b:x/"])
 def test_an_address_that_is_none_fails_by_name(url, served):
     "Also in an annotation: the other pictures come."
     from masked_ldm.download import FetchError, fetch
+
     s, root = served
-    with pytest.raises(FetchError) as e: fetch(url, root/"x", retries=0, wait=.01)
+    with pytest.raises(FetchError) as e:
+        fetch(url, root / "x", retries=0, wait=0.01)
     assert str(e.value).startswith(f"{url} could not be fetched: ")
-    p = root/"annotations"/"instances_val2017.json"; d = json.loads(p.read_text())
-    for im in d["images"]: im["coco_url"] = f"{s.url}/val2017/{im['file_name']}"
-    bad = d["images"][2]; bad["coco_url"] = url; p.write_text(json.dumps(d)); r = download(s, root, mirror=None, retries=0)
-    assert [f["file_name"] for f in r["failed"]] == [bad["file_name"]] and r["failed"][0]["url"] == url and r["fetched"] == r["wanted"]-1
+    p = root / "annotations" / "instances_val2017.json"
+    d = json.loads(p.read_text())
+    for im in d["images"]:
+        im["coco_url"] = f"{s.url}/val2017/{im['file_name']}"
+    bad = d["images"][2]
+    bad["coco_url"] = url
+    p.write_text(json.dumps(d))
+    r = download(s, root, mirror=None, retries=0)
+    assert (
+        [f["file_name"] for f in r["failed"]] == [bad["file_name"]]
+        and r["failed"][0]["url"] == url
+        and r["fetched"] == r["wanted"] - 1
+    )
+
 
 @pytest.mark.parametrize("mood", ["no range", "wrong range", None])
 def test_a_part_that_does_not_fit_is_thrown_away(mood, served):
     "A server without Range, one that sends another part, and a part that is longer than the file: the result is whole all the same."
     from masked_ldm.download import fetch
-    s, root = served; url, whole = big(s); to = root/"big.bin"; to.with_name("big.bin.part").write_bytes(b"x"*(400_000 if mood is None else 1000)); s.moods["/big.bin"] = [mood] if mood else None
-    fetch(url, to, wait=.01); assert to.read_bytes() == whole.read_bytes()
+
+    s, root = served
+    url, whole = big(s)
+    to = root / "big.bin"
+    to.with_name("big.bin.part").write_bytes(b"x" * (400_000 if mood is None else 1000))
+    s.moods["/big.bin"] = [mood] if mood else None
+    fetch(url, to, wait=0.01)
+    assert to.read_bytes() == whole.read_bytes()
+
 
 def test_a_wrong_part_fails_its_check_and_is_fetched_anew(served):
     from masked_ldm.download import fetch
-    s, root = served; url, whole = big(s); to = root/"big.bin"; to.with_name("big.bin.part").write_bytes(b"x"*1000)
+
+    s, root = served
+    url, whole = big(s)
+    to = root / "big.bin"
+    to.with_name("big.bin.part").write_bytes(b"x" * 1000)
+
     def check(p):
-        if p.read_bytes() != whole.read_bytes(): raise ValueError("is another file")
-    fetch(url, to, check, wait=.01); assert to.read_bytes() == whole.read_bytes() and [a for _, a in s.asked] == [1000, 0]
+        if p.read_bytes() != whole.read_bytes():
+            raise ValueError("is another file")
+
+    fetch(url, to, check, wait=0.01)
+    assert to.read_bytes() == whole.read_bytes() and [a for _, a in s.asked] == [1000, 0]
+
 
 def test_a_picture_of_another_size_is_refused(served, world):
-    s, root = served; name = names(world)[0]; own = (s.folder/"val2017"/name).read_bytes()
-    try: Image.new("RGB", (32, 64)).save(s.folder/"val2017"/name); r = download(s, root, retries=0)
-    finally: (s.folder/"val2017"/name).write_bytes(own)
-    assert [f["file_name"] for f in r["failed"]] == [name] and "is 32 x 64, its annotation says 64 x 64" in r["failed"][0]["wrong"]
+    s, root = served
+    name = names(world)[0]
+    own = (s.folder / "val2017" / name).read_bytes()
+    try:
+        Image.new("RGB", (32, 64)).save(s.folder / "val2017" / name)
+        r = download(s, root, retries=0)
+    finally:
+        (s.folder / "val2017" / name).write_bytes(own)
+    assert [f["file_name"] for f in r["failed"]] == [
+        name
+    ] and "is 32 x 64, its annotation says 64 x 64" in r["failed"][0]["wrong"]
+
 
 def test_a_server_that_dies_midway_ends_it_and_nothing_is_lost(served):
-    s, root = served; s.dead = 5; r = download(s, root, workers=1, give_up=3, retries=0); assert r["fetched"] == 5 and len(r["failed"]) == r["wanted"]-5 and sum(f["wrong"] == "was not tried" for f in r["failed"]) >= 1 and len(s.asked) <= 5 + 3 + 3
-    s.dead = 0; r = download(s, root); assert (r["there"], r["failed"]) == (5, []) and same(s, root)
+    s, root = served
+    s.dead = 5
+    r = download(s, root, workers=1, give_up=3, retries=0)
+    assert (
+        r["fetched"] == 5
+        and len(r["failed"]) == r["wanted"] - 5
+        and sum(f["wrong"] == "was not tried" for f in r["failed"]) >= 1
+        and len(s.asked) <= 5 + 3 + 3
+    )
+    s.dead = 0
+    r = download(s, root)
+    assert (r["there"], r["failed"]) == (5, []) and same(s, root)
+
 
 def test_no_other_download_at_the_same_time(served):
     from filelock import FileLock
+
     s, root = served
-    with FileLock(str(root/".download.lock")), pytest.raises(OSError, match="is being filled by another download"): download(s, root)
+    with (
+        FileLock(str(root / ".download.lock")),
+        pytest.raises(OSError, match="is being filled by another download"),
+    ):
+        download(s, root)
+
 
 def test_two_at_once_from_nothing(served, tmp_path):
     "The second ends with a sentence while the first is still at the annotations; the first is whole."
-    s, _ = served; root = tmp_path/"new"; zip_notes(s); s.slow = 3; args = ("download", root, "--url", s.url+"/notes.zip", "--mirror", s.url, "--min_area", 0, "--split", "val", "--limit", 1)
-    p = subprocess.Popen([sys.executable, "-m", "masked_ldm.data_command", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True); end = time.time() + 120
+    s, _ = served
+    root = tmp_path / "new"
+    zip_notes(s)
+    s.slow = 3
+    args = (
+        "download",
+        root,
+        "--url",
+        s.url + "/notes.zip",
+        "--mirror",
+        s.url,
+        "--min_area",
+        0,
+        "--split",
+        "val",
+        "--limit",
+        1,
+    )
+    p = subprocess.Popen(
+        [sys.executable, "-m", "masked_ldm.data_command", *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    end = time.time() + 120
     from masked_ldm.download import download_annotations
-    while not s.asked: assert time.time() < end and p.poll() is None; time.sleep(.02)
-    with pytest.raises(OSError, match="is being filled by another download"): download_annotations(root, ("val",), s.url+"/notes.zip")
-    text = p.communicate(timeout=100)[0]; assert p.returncode == 0 and "1 came" in text and [a for a, _ in s.asked].count("/notes.zip") == 1 and not leftovers(root), text
+
+    while not s.asked:
+        assert time.time() < end and p.poll() is None
+        time.sleep(0.02)
+    with pytest.raises(OSError, match="is being filled by another download"):
+        download_annotations(root, ("val",), s.url + "/notes.zip")
+    text = p.communicate(timeout=100)[0]
+    assert (
+        p.returncode == 0
+        and "1 came" in text
+        and [a for a, _ in s.asked].count("/notes.zip") == 1
+        and not leftovers(root)
+    ), text
+
 
 def test_damaged_annotations_say_what_to_remove(served, tmp_path):
     "Download leaves what is there, so the file to be removed is named; without it, download mends the root."
-    s, _ = served; root = tmp_path/"new"; zip_notes(s); args = ("download", root, "--url", s.url+"/notes.zip", "--mirror", s.url, "--min_area", 0, "--split", "val", "--limit", 1, "--wait", .01)
-    code, text = cli(*args); assert code == 0, text
-    bad = root/"annotations"/"instances_val2017.json"; whole = bad.read_bytes(); bad.write_bytes(whole[:len(whole)//2]); code, text = cli(*args)
-    assert code == 1 and f"remove it (rm {bad}) and fetch it again" in text and "Traceback" not in text, text
-    bad.unlink(); code, text = cli(*args); assert code == 0 and bad.read_bytes() == whole, text
+    s, _ = served
+    root = tmp_path / "new"
+    zip_notes(s)
+    args = (
+        "download",
+        root,
+        "--url",
+        s.url + "/notes.zip",
+        "--mirror",
+        s.url,
+        "--min_area",
+        0,
+        "--split",
+        "val",
+        "--limit",
+        1,
+        "--wait",
+        0.01,
+    )
+    code, text = cli(*args)
+    assert code == 0, text
+    bad = root / "annotations" / "instances_val2017.json"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2])
+    code, text = cli(*args)
+    assert (
+        code == 1 and f"remove it (rm {bad}) and fetch it again" in text and "Traceback" not in text
+    ), text
+    bad.unlink()
+    code, text = cli(*args)
+    assert code == 0 and bad.read_bytes() == whole, text
+
 
 def zip_notes(s):
-    with zipfile.ZipFile(s.folder/"notes.zip", "w") as z:
-        for p in (s.folder/"annotations").iterdir(): z.write(p, f"annotations/{p.name}")
+    with zipfile.ZipFile(s.folder / "notes.zip", "w") as z:
+        for p in (s.folder / "annotations").iterdir():
+            z.write(p, f"annotations/{p.name}")
+
 
 def test_a_full_disk_is_said(served, tmp_path):
     "The file size is limited instead: the kernel's error is another, so it is changed to that of a full disk."
-    s, root = served; code = """
+    s, root = served
+    code = """
 import builtins, errno, sys
 import masked_ldm.download as d
 from masked_ldm.subset import Rule
@@ -178,42 +474,151 @@ d.open = lambda p, mode: Full(builtins.open(p, mode))
 try: d.download_pictures(sys.argv[1], "val", Rule(0.), mirror=sys.argv[2], wait=.01)
 except OSError as e: print(e)
 """
-    code, text = run(sys.executable, "-c", code, root, s.url); assert code == 0 and "the disk that holds" in text and "is full" in text and "Traceback" not in text and not names(root), text
+    code, text = run(sys.executable, "-c", code, root, s.url)
+    assert (
+        code == 0
+        and "the disk that holds" in text
+        and "is full" in text
+        and "Traceback" not in text
+        and not names(root)
+    ), text
 
-def cli(*args, **env): return run(sys.executable, "-m", "masked_ldm.data_command", *args, **env)
+
+def cli(*args, **env):
+    return run(sys.executable, "-m", "masked_ldm.data_command", *args, **env)
+
 
 def test_command_line_from_nothing(served, tmp_path):
     "Annotations from the zip, pictures, a second time nothing, then one that is missing: exit code 1 and its name."
-    s, _ = served; root = tmp_path/"new"
-    with zipfile.ZipFile(s.folder/"notes.zip", "w") as z:
-        for p in (s.folder/"annotations").iterdir(): z.write(p, f"annotations/{p.name}")
+    s, _ = served
+    root = tmp_path / "new"
+    with zipfile.ZipFile(s.folder / "notes.zip", "w") as z:
+        for p in (s.folder / "annotations").iterdir():
+            z.write(p, f"annotations/{p.name}")
         z.writestr("../../evil.json", "{}")
-    args = ("download", root, "--url", s.url+"/notes.zip", "--mirror", s.url, "--retries", 1, "--wait", .01, "--min_area", .1, "--split", "val")
-    code, text = cli(*args); assert code == 0 and "annotations: captions_train2017.json" in text and "0 failed" in text and not list(tmp_path.rglob("evil*")), text
-    s.asked.clear(); code, text = cli(*args); assert code == 0 and not s.asked and "annotations:" not in text, text
-    gone = names(root)[0]; (root/"val2017"/gone).unlink(); s.moods[f"/val2017/{gone}"] = 404; code, text = cli(*args); assert code == 1 and f"{gone}: the server says 404" in text and "Traceback" not in text, text
+    args = (
+        "download",
+        root,
+        "--url",
+        s.url + "/notes.zip",
+        "--mirror",
+        s.url,
+        "--retries",
+        1,
+        "--wait",
+        0.01,
+        "--min_area",
+        0.1,
+        "--split",
+        "val",
+    )
+    code, text = cli(*args)
+    assert (
+        code == 0
+        and "annotations: captions_train2017.json" in text
+        and "0 failed" in text
+        and not list(tmp_path.rglob("evil*"))
+    ), text
+    s.asked.clear()
+    code, text = cli(*args)
+    assert code == 0 and not s.asked and "annotations:" not in text, text
+    gone = names(root)[0]
+    (root / "val2017" / gone).unlink()
+    s.moods[f"/val2017/{gone}"] = 404
+    code, text = cli(*args)
+    assert code == 1 and f"{gone}: the server says 404" in text and "Traceback" not in text, text
+
 
 def test_annotations_that_are_there_stay(served, tmp_path):
     from masked_ldm.download import download_annotations
-    s, _ = served; root = tmp_path/"new"; own = root/"annotations"/"instances_val2017.json"; own.parent.mkdir(parents=True); own.write_text("{}")
-    with zipfile.ZipFile(s.folder/"notes.zip", "w") as z:
-        for p in (s.folder/"annotations").iterdir(): z.write(p, f"annotations/{p.name}")
-    assert own.name not in download_annotations(root, ("val",), s.url+"/notes.zip", wait=.01) and own.read_text() == "{}" and (root/"annotations"/"captions_val2017.json").is_file() and not (root/"annotations"/"annotations_trainval2017.zip").exists()
 
-@pytest.mark.parametrize("what, said", [("html", "is no whole zip archive"), ("other", "has none of COCO's annotation files"), ("half", "is no whole zip archive"), (404, "the server says 404")])
+    s, _ = served
+    root = tmp_path / "new"
+    own = root / "annotations" / "instances_val2017.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    with zipfile.ZipFile(s.folder / "notes.zip", "w") as z:
+        for p in (s.folder / "annotations").iterdir():
+            z.write(p, f"annotations/{p.name}")
+    assert (
+        own.name not in download_annotations(root, ("val",), s.url + "/notes.zip", wait=0.01)
+        and own.read_text() == "{}"
+        and (root / "annotations" / "captions_val2017.json").is_file()
+        and not (root / "annotations" / "annotations_trainval2017.zip").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("html", "is no whole zip archive"),
+        ("other", "has none of COCO's annotation files"),
+        ("half", "is no whole zip archive"),
+        (404, "the server says 404"),
+    ],
+)
 def test_annotations_that_are_none(what, said, served, tmp_path):
-    s, _ = served; z = s.folder/"odd.zip"
-    with zipfile.ZipFile(z, "w") as f: f.writestr("readme.txt", "x"*5000)
-    if what == "half": z.write_bytes(z.read_bytes()[:2000])
+    s, _ = served
+    z = s.folder / "odd.zip"
+    with zipfile.ZipFile(z, "w") as f:
+        f.writestr("readme.txt", "x" * 5000)
+    if what == "half":
+        z.write_bytes(z.read_bytes()[:2000])
     s.moods["/odd.zip"] = what if what in ("html", 404) else None
-    code, text = cli("download", tmp_path/"new", "--url", s.url+"/odd.zip", "--retries", 1, "--wait", .01); last = text.strip().splitlines()[-1]
-    assert code == 1 and last.startswith("masked-ldm-data download: ") and said in last and "Traceback" not in text, text
+    code, text = cli(
+        "download", tmp_path / "new", "--url", s.url + "/odd.zip", "--retries", 1, "--wait", 0.01
+    )
+    last = text.strip().splitlines()[-1]
+    assert (
+        code == 1
+        and last.startswith("masked-ldm-data download: ")
+        and said in last
+        and "Traceback" not in text
+    ), text
+
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_stopped_and_gone_on_with(signum, code, served):
-    s, root = served; s.holds = 6; args = ["download", str(root), "--mirror", s.url, "--split", "train", "--workers", "2", "--min_area", "0"]
-    p = subprocess.Popen([sys.executable, "-m", "masked_ldm.data_command", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)); end = time.time() + 120   # a shell in the background has it ignored
-    while len(s.asked) < 8: assert time.time() < end and p.poll() is None; time.sleep(.02)   # both workers wait for pictures that the server holds back
-    p.send_signal(signum); time.sleep(.2); s.go.set(); text = p.communicate(timeout=60)[0]; assert p.returncode == code and "Traceback" not in text, text
-    if signum == signal.SIGINT: assert "stopped; what is done stays" in text
-    there = names(root, "train"); assert there and same(s, root, "train"); s.holds = 0; s.asked.clear(); r = download(s, root, "train"); assert not r["failed"] and same(s, root, "train") and not {p.split("/")[-1] for p, _ in s.asked} & set(there)
+    s, root = served
+    s.holds = 6
+    args = [
+        "download",
+        str(root),
+        "--mirror",
+        s.url,
+        "--split",
+        "train",
+        "--workers",
+        "2",
+        "--min_area",
+        "0",
+    ]
+    p = subprocess.Popen(
+        [sys.executable, "-m", "masked_ldm.data_command", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    end = time.time() + 120  # a shell in the background has it ignored
+    while len(s.asked) < 8:
+        assert time.time() < end and p.poll() is None
+        time.sleep(0.02)  # both workers wait for pictures that the server holds back
+    p.send_signal(signum)
+    time.sleep(0.2)
+    s.go.set()
+    text = p.communicate(timeout=60)[0]
+    assert p.returncode == code and "Traceback" not in text, text
+    if signum == signal.SIGINT:
+        assert "stopped; what is done stays" in text
+    there = names(root, "train")
+    assert there and same(s, root, "train")
+    s.holds = 0
+    s.asked.clear()
+    r = download(s, root, "train")
+    assert (
+        not r["failed"]
+        and same(s, root, "train")
+        and not {p.split("/")[-1] for p, _ in s.asked} & set(there)
+    )

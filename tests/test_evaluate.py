@@ -1,63 +1,178 @@
 "Judging: bad input gets one sentence, the command leaves what it promises, and settings of a run reach its pictures."
-import json, sys
-import numpy as np, pytest, torch
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
 from conftest import run
 
-def make_run(path, T=100, noise=.03):
+
+def make_run(path, T=100, noise=0.03):
     "A run folder whose branch says something."
     from masked_ldm.models import load_base, make_branch
-    base = load_base("tiny"); branch = make_branch(base.unet, base.f).eval(); g = torch.Generator().manual_seed(T)
-    for m in (*branch.controlnet_down_blocks, branch.controlnet_mid_block): m.weight.data.normal_(0, noise, generator=g)
-    branch.save_pretrained(path/"controlnet"); (path/"config.json").write_text(json.dumps(dict(base="tiny", size=64, T=T, lambda1=.2, lambda2=.5, guidance_scale=3., lpips_net="tiny", face_net="tiny"))); return path
+
+    base = load_base("tiny")
+    branch = make_branch(base.unet, base.f).eval()
+    g = torch.Generator().manual_seed(T)
+    for m in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
+        m.weight.data.normal_(0, noise, generator=g)
+    branch.save_pretrained(path / "controlnet")
+    (path / "config.json").write_text(
+        json.dumps(
+            dict(
+                base="tiny",
+                size=64,
+                T=T,
+                lambda1=0.2,
+                lambda2=0.5,
+                guidance_scale=3.0,
+                lpips_net="tiny",
+                face_net="tiny",
+            )
+        )
+    )
+    return path
+
 
 def test_one_command(tmp_path, monkeypatch):
     from masked_ldm import evaluate as e
-    monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=3, guidance=None)); a, b = make_run(tmp_path/"plain", 0), make_run(tmp_path/"ours", 100); out = tmp_path/"out"
-    r = e.evaluate([a, b], n_ref=24, out=out, device="cpu"); assert {"evaluation.json", "grid.png", "failures.png", "set.json", "pictures"} <= {p.name for p in out.iterdir()} and len(list((out/"pictures").iterdir())) == 24
-    assert r["paper_rows"] == dict(base="Stable Diffusion", plain="baseline ControlNet", ours="Masked LDM, T=100") and not r["judge"].startswith("FID") and r["paired"]["ours minus plain"]["attributes"]["n"] == 8
-    text = e.format_report(r) + e.table1(r); assert "ours minus plain, same prompts and noise" in text and "(floor)" in text and "reference of 24 pictures" in text
-    again = e.evaluate([a, b], n_ref=24, out=out, device="cpu"); assert again["models"] == r["models"] and again["paired"] == r["paired"]
 
-@pytest.mark.parametrize("x, said", [(torch.full((1, 3, 8, 8), float("nan")), "NaN"), (torch.zeros(3, 8, 8), "shape"), (torch.zeros(1, 3, 8, 8).long(), "uint8 or floats")])
+    monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=3, guidance=None))
+    a, b = make_run(tmp_path / "plain", 0), make_run(tmp_path / "ours", 100)
+    out = tmp_path / "out"
+    r = e.evaluate([a, b], n_ref=24, out=out, device="cpu")
+    assert {"evaluation.json", "grid.png", "failures.png", "set.json", "pictures"} <= {
+        p.name for p in out.iterdir()
+    } and len(list((out / "pictures").iterdir())) == 24
+    assert (
+        r["paper_rows"]
+        == dict(base="Stable Diffusion", plain="baseline ControlNet", ours="Masked LDM, T=100")
+        and not r["judge"].startswith("FID")
+        and r["paired"]["ours minus plain"]["attributes"]["n"] == 8
+    )
+    text = e.format_report(r) + e.table1(r)
+    assert (
+        "ours minus plain, same prompts and noise" in text
+        and "(floor)" in text
+        and "reference of 24 pictures" in text
+    )
+    again = e.evaluate([a, b], n_ref=24, out=out, device="cpu")
+    assert again["models"] == r["models"] and again["paired"] == r["paired"]
+
+
+@pytest.mark.parametrize(
+    "x, said",
+    [
+        (torch.full((1, 3, 8, 8), float("nan")), "NaN"),
+        (torch.zeros(3, 8, 8), "shape"),
+        (torch.zeros(1, 3, 8, 8).long(), "uint8 or floats"),
+    ],
+)
 def test_bad_pixels_are_refused(x, said):
     from masked_ldm.distances import as_uint8
-    with pytest.raises(ValueError, match=said): as_uint8(x)
+
+    with pytest.raises(ValueError, match=said):
+        as_uint8(x)
+
 
 def test_too_few_and_other_weights():
     from masked_ldm.distances import Features, frechet, kid
-    with pytest.raises(ValueError, match="at least 2 pictures"): frechet(np.zeros((1, 4)), np.zeros((9, 4)))
-    with pytest.raises(ValueError, match="at least 4 pictures"): kid(np.zeros((3, 4)), np.zeros((9, 4)))
-    assert Features("inception", None, 299, "0"*64).title != "FID" and Features("inception", None, 299, "6726825d").title == "FID"
+
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        frechet(np.zeros((1, 4)), np.zeros((9, 4)))
+    with pytest.raises(ValueError, match="at least 4 pictures"):
+        kid(np.zeros((3, 4)), np.zeros((9, 4)))
+    assert (
+        Features("inception", None, 299, "0" * 64).title != "FID"
+        and Features("inception", None, 299, "6726825d").title == "FID"
+    )
+
 
 def test_command_says_it_in_one_sentence(tmp_path):
-    code, text = run(sys.executable, "-c", "from masked_ldm.evaluate import main; main()", tmp_path); last = text.strip().splitlines()[-1]
-    assert code == 1 and last.startswith("masked-ldm-eval: ") and "config.json is missing" in last and "Traceback" not in text, text
+    code, text = run(sys.executable, "-c", "from masked_ldm.evaluate import main; main()", tmp_path)
+    last = text.strip().splitlines()[-1]
+    assert (
+        code == 1
+        and last.startswith("masked-ldm-eval: ")
+        and "config.json is missing" in last
+        and "Traceback" not in text
+    ), text
+
 
 def test_a_run_on_the_hub(tmp_path, monkeypatch):
     "A Hub id goes wherever a folder goes; only what a run consists of is fetched."
     import huggingface_hub
+
     from masked_ldm.sample import MaskedLDMPipeline, load_models
-    there, asked = make_run(tmp_path/"there"), []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(there))
-    pipe = MaskedLDMPipeline.from_run("somebody/ours", strength=.5); assert pipe.strength == .5 and asked == [("somebody/ours", ["config.json", "controlnet/*"])]
-    assert MaskedLDMPipeline.from_pretrained("somebody/ours").strength == 1 and list(load_models(["somebody/ours"])) == ["base", "ours"]
+
+    there, asked = make_run(tmp_path / "there"), []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(there),
+    )
+    pipe = MaskedLDMPipeline.from_run("somebody/ours", strength=0.5)
+    assert pipe.strength == 0.5 and asked == [("somebody/ours", ["config.json", "controlnet/*"])]
+    assert MaskedLDMPipeline.from_pretrained("somebody/ours").strength == 1 and list(
+        load_models(["somebody/ours"])
+    ) == ["base", "ours"]
+
 
 def test_the_report_says_how_it_was_made(tmp_path, monkeypatch):
     "Command, settings of the runs, commit, judges and the origin of the reference are written by the program."
     from masked_ldm import evaluate as e
-    monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=2, guidance=None)); a, b = make_run(tmp_path/"plain", 0), make_run(tmp_path/"ours", 100)
-    e.main([str(a), str(b), "--reference", "24", "--out", str(tmp_path/"out")]); r = json.loads((tmp_path/"out"/"evaluation.json").read_text())
-    assert r["command"] == f"masked-ldm-eval {a} {b} --protocol quick --reference 24 --seed 0" and r["runs"]["ours"]["T"] == 100 and r["runs"]["plain"]["T"] == 0
-    assert list(r["paired"]) == ["plain minus base", "ours minus base", "ours minus plain"] and {"difference", "difference_low", "difference_high", "p", "p_holm"} <= set(r["paired"]["ours minus plain"]["joints"])
-    assert set(r["distance_pairs"]["whole"]["ours minus plain"]) == {"difference", "low", "high", "p", "kid"} and "people 2200 to 3199" in r["reference_is"] and "judge" in r["judges"]["joints"]
-    assert r["provenance"]["versions"]["torch"] and (r["provenance"]["commit"] or not (e.Path(__file__).parent.parent/".git").exists())
+
+    monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=2, guidance=None))
+    a, b = make_run(tmp_path / "plain", 0), make_run(tmp_path / "ours", 100)
+    e.main([str(a), str(b), "--reference", "24", "--out", str(tmp_path / "out")])
+    r = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (
+        r["command"] == f"masked-ldm-eval {a} {b} --protocol quick --reference 24 --seed 0"
+        and r["runs"]["ours"]["T"] == 100
+        and r["runs"]["plain"]["T"] == 0
+    )
+    assert list(r["paired"]) == ["plain minus base", "ours minus base", "ours minus plain"] and {
+        "difference",
+        "difference_low",
+        "difference_high",
+        "p",
+        "p_holm",
+    } <= set(r["paired"]["ours minus plain"]["joints"])
+    assert (
+        set(r["distance_pairs"]["whole"]["ours minus plain"])
+        == {"difference", "low", "high", "p", "kid"}
+        and "people 2200 to 3199" in r["reference_is"]
+        and "judge" in r["judges"]["joints"]
+    )
+    assert r["provenance"]["versions"]["torch"] and (
+        r["provenance"]["commit"] or not (e.Path(__file__).parent.parent / ".git").exists()
+    )
+
 
 def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
     "A COCO root: the reference comes from the validation pictures that are left, and from the training pictures, said so, where too few are."
     from masked_ldm.data import build_manifest
     from masked_ldm.evaluate import held_out
-    where, config = {s: str(build_manifest(world, s, tmp_path/s, .05, "annotation")) for s in ("train", "val")}, dict(data_root=str(world), size=64)
-    few, many = held_out(config, where, 4, 3), held_out(config, where, 4, 40); assert len(few.prompts) == len(few.real) == 4 and len(few.reference) == 3 and len(many.reference) == 40
-    assert few.reference_is == "validation pictures that are no prompts" and many.reference_is.startswith("training pictures, since only")
-    with pytest.raises(ValueError, match="names no 'val'"): held_out(config, {}, 4, 3)
+
+    where, config = (
+        {
+            s: str(build_manifest(world, s, tmp_path / s, 0.05, "annotation"))
+            for s in ("train", "val")
+        },
+        dict(data_root=str(world), size=64),
+    )
+    few, many = held_out(config, where, 4, 3), held_out(config, where, 4, 40)
+    assert (
+        len(few.prompts) == len(few.real) == 4
+        and len(few.reference) == 3
+        and len(many.reference) == 40
+    )
+    assert (
+        few.reference_is == "validation pictures that are no prompts"
+        and many.reference_is.startswith("training pictures, since only")
+    )
+    with pytest.raises(ValueError, match="names no 'val'"):
+        held_out(config, {}, 4, 3)
     assert not {p.tobytes() for p in few.real} & {p.tobytes() for p in few.reference}

@@ -1,8 +1,17 @@
 "The face pass over processes, and faces in real photographs (MASKED_LDM_COCO)."
-import json, os, shutil, signal, subprocess, sys, time
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import numpy as np, pytest, torch
-from PIL import Image
+
+import numpy as np
+import pytest
+import torch
 
 COCO_ROOT = os.environ.get("MASKED_LDM_COCO")
 photographs = pytest.mark.skipif(not COCO_ROOT, reason="MASKED_LDM_COCO names no COCO root")
@@ -10,74 +19,195 @@ photographs = pytest.mark.skipif(not COCO_ROOT, reason="MASKED_LDM_COCO names no
 # ---- many processes, kills, corrupt chunks
 PASS = "import masked_ldm.face_pass as f; f.CHUNK = 6\nfrom masked_ldm.data import build_manifest\nprint(build_manifest({root!r}, 'train', {out!r}, faces='mtcnn', min_face=16, device='cpu', shard={shard!r}))"
 
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     "A small world of pictures large enough for MTCNN."
     from masked_ldm.people import write_world
-    return write_world(tmp_path_factory.mktemp("drawn")/"world", 36, 2, size=128)
 
-def start(root, out, shard=None): return subprocess.Popen([sys.executable, "-c", PASS.format(root=str(root), out=str(out), shard=shard)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return write_world(tmp_path_factory.mktemp("drawn") / "world", 36, 2, size=128)
+
+
+def start(root, out, shard=None):
+    return subprocess.Popen(
+        [sys.executable, "-c", PASS.format(root=str(root), out=str(out), shard=shard)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
 
 def finish(*processes):
     "What they printed; all must succeed."
-    said = [p.communicate(timeout=500)[0] for p in processes]; assert not any(p.returncode for p in processes), said
+    said = [p.communicate(timeout=500)[0] for p in processes]
+    assert not any(p.returncode for p in processes), said
     return said
 
-def everything(out): return {str(p.relative_to(out)): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file()}
+
+def everything(out):
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file()
+    }
+
 
 @pytest.fixture(scope="module")
 def whole(drawn, tmp_path_factory):
     "The folder of one undisturbed pass."
-    out = tmp_path_factory.mktemp("pass")/"whole"; finish(start(drawn, out)); return out
+    out = tmp_path_factory.mktemp("pass") / "whole"
+    finish(start(drawn, out))
+    return out
+
 
 def test_the_pass_finds_faces(whole):
-    info = json.loads((whole/"manifest.json").read_text()); assert info["faces"] == "mtcnn" and info["face_boxes"] > 5 and len(list((whole/".faces").iterdir())) == -(-info["kept"]//6)
+    info = json.loads((whole / "manifest.json").read_text())
+    assert (
+        info["faces"] == "mtcnn"
+        and info["face_boxes"] > 5
+        and len(list((whole / ".faces").iterdir())) == -(-info["kept"] // 6)
+    )
+
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_any_split_gives_the_same_bytes(n, drawn, whole):
-    out = whole.parent/f"split{n}"; finish(*(start(drawn, out, f"{i}/{n}") for i in range(n))); assert not (out/"manifest.json").exists()
-    before = everything(out); finish(start(drawn, out)); after = everything(out)
-    assert {k: after[k] for k in before} == before and after == everything(whole)   # nothing was done twice, and nothing differs
+    out = whole.parent / f"split{n}"
+    finish(*(start(drawn, out, f"{i}/{n}") for i in range(n)))
+    assert not (out / "manifest.json").exists()
+    before = everything(out)
+    finish(start(drawn, out))
+    after = everything(out)
+    assert {k: after[k] for k in before} == before and after == everything(
+        whole
+    )  # nothing was done twice, and nothing differs
+
 
 def test_killed_and_started_again_is_never_killed(drawn, whole):
-    out = whole.parent/"killed"; p = start(drawn, out)
-    while p.poll() is None and not (out/".faces"/"chunk-00001.json").exists(): time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close()
-    made = {q: q.stat().st_mtime_ns for q in (out/".faces").glob("chunk-*.json")}; assert len(made) >= 2 and not (out/"manifest.json").exists()
-    (out/".faces"/"chunk-00004.json.999.tmp").write_text("{half")   # what a kill between the two steps leaves
-    finish(start(drawn, out)); assert all(q.stat().st_mtime_ns == t for q, t in made.items()), "finished chunks were made again"
-    left = everything(out); left.pop(".faces/chunk-00004.json.999.tmp", None); assert left == everything(whole)
+    out = whole.parent / "killed"
+    p = start(drawn, out)
+    while p.poll() is None and not (out / ".faces" / "chunk-00001.json").exists():
+        time.sleep(0.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    p.stdout.close()
+    made = {q: q.stat().st_mtime_ns for q in (out / ".faces").glob("chunk-*.json")}
+    assert len(made) >= 2 and not (out / "manifest.json").exists()
+    (out / ".faces" / "chunk-00004.json.999.tmp").write_text(
+        "{half"
+    )  # what a kill between the two steps leaves
+    finish(start(drawn, out))
+    assert all(q.stat().st_mtime_ns == t for q, t in made.items()), (
+        "finished chunks were made again"
+    )
+    left = everything(out)
+    left.pop(".faces/chunk-00004.json.999.tmp", None)
+    assert left == everything(whole)
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:len(b)//2], lambda b: b"", lambda b: b.replace(b'"score": 0.9', b'"score": 0.8', 1), lambda b: b"{}"])
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b"",
+        lambda b: b.replace(b'"score": 0.9', b'"score": 0.8', 1),
+        lambda b: b"{}",
+    ],
+)
 def test_a_corrupt_chunk_is_made_again_and_said_so(spoil, drawn, whole, monkeypatch, capsys):
     import masked_ldm.face_pass
     from masked_ldm.data import build_manifest
-    monkeypatch.setattr(masked_ldm.face_pass, "CHUNK", 6); out = whole.parent/"corrupt"; shutil.rmtree(out, ignore_errors=True); shutil.copytree(whole, out)
-    bad = max((out/".faces").iterdir(), key=lambda p: p.read_bytes().count(b'"score": 0.9')); bad.write_bytes(spoil(bad.read_bytes()))
+
+    monkeypatch.setattr(masked_ldm.face_pass, "CHUNK", 6)
+    out = whole.parent / "corrupt"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(whole, out)
+    bad = max((out / ".faces").iterdir(), key=lambda p: p.read_bytes().count(b'"score": 0.9'))
+    bad.write_bytes(spoil(bad.read_bytes()))
     build_manifest(drawn, "train", out, faces="mtcnn", min_face=16, device="cpu")
-    assert f"{bad} is damaged: it is made again" in capsys.readouterr().out and everything(out) == everything(whole)
+    assert f"{bad} is damaged: it is made again" in capsys.readouterr().out and everything(
+        out
+    ) == everything(whole)
+
 
 def test_another_rule_makes_the_chunks_again(drawn, whole, capsys):
     from masked_ldm.data import build_manifest, load_manifest
-    out = whole.parent/"rule"; shutil.copytree(whole, out); strict = load_manifest(build_manifest(drawn, "train", out, faces="mtcnn", min_face=40, device="cpu"))[1]
-    assert strict["face_rule"]["min_face"] == 40 and strict["face_boxes"] < json.loads((whole/"manifest.json").read_text())["face_boxes"] and "of other pictures or settings: it is made again" in capsys.readouterr().out
+
+    out = whole.parent / "rule"
+    shutil.copytree(whole, out)
+    strict = load_manifest(
+        build_manifest(drawn, "train", out, faces="mtcnn", min_face=40, device="cpu")
+    )[1]
+    assert (
+        strict["face_rule"]["min_face"] == 40
+        and strict["face_boxes"] < json.loads((whole / "manifest.json").read_text())["face_boxes"]
+        and "of other pictures or settings: it is made again" in capsys.readouterr().out
+    )
+
 
 def test_shards_on_the_command_line(drawn, whole, tmp_path, capsys):
     from masked_ldm.data import build_manifest
     from masked_ldm.data_command import main
-    for i in (1, 0): main(["faces", str(drawn), "--split", "val", "--out", str(tmp_path/"two"), "--min_face", "16", "--device", "cpu", "--shard", f"{i}/2"])
-    assert "val, shard 0/2: found faces are in" in capsys.readouterr().out and not (tmp_path/"two"/"val"/"manifest.json").exists()
-    main(["build", str(drawn), "--split", "val", "--out", str(tmp_path/"two"), "--faces", "mtcnn", "--min_face", "16", "--device", "cpu"])
-    build_manifest(drawn, "val", tmp_path/"one"/"val", faces="mtcnn", min_face=16, device="cpu"); assert everything(tmp_path/"two") == everything(tmp_path/"one")
-    with pytest.raises(SystemExit) as e: main(["faces", str(drawn), "--shard", "2/2"])
+
+    for i in (1, 0):
+        main(
+            [
+                "faces",
+                str(drawn),
+                "--split",
+                "val",
+                "--out",
+                str(tmp_path / "two"),
+                "--min_face",
+                "16",
+                "--device",
+                "cpu",
+                "--shard",
+                f"{i}/2",
+            ]
+        )
+    assert (
+        "val, shard 0/2: found faces are in" in capsys.readouterr().out
+        and not (tmp_path / "two" / "val" / "manifest.json").exists()
+    )
+    main(
+        [
+            "build",
+            str(drawn),
+            "--split",
+            "val",
+            "--out",
+            str(tmp_path / "two"),
+            "--faces",
+            "mtcnn",
+            "--min_face",
+            "16",
+            "--device",
+            "cpu",
+        ]
+    )
+    build_manifest(drawn, "val", tmp_path / "one" / "val", faces="mtcnn", min_face=16, device="cpu")
+    assert everything(tmp_path / "two") == everything(tmp_path / "one")
+    with pytest.raises(SystemExit) as e:
+        main(["faces", str(drawn), "--shard", "2/2"])
     assert e.value.code == 2 and "shard must be i/n" in capsys.readouterr().err
+
 
 def test_datasets_reads_past_the_chunks(drawn, tmp_path):
     "The chunks beside the pictures do not confuse Hugging Face's imagefolder."
     from datasets import load_dataset
+
     from masked_ldm.data import build_manifest, load_manifest
-    root = Path(shutil.copytree(drawn, tmp_path/"root")); path = build_manifest(root, "val", faces="mtcnn", device="cpu"); assert (path.parent/".faces").is_dir()
-    assert len(load_dataset("imagefolder", data_dir=str(path.parent), split="train", cache_dir=str(tmp_path/"cache"))) == len(load_manifest(path)[0])
+
+    root = Path(shutil.copytree(drawn, tmp_path / "root"))
+    path = build_manifest(root, "val", faces="mtcnn", device="cpu")
+    assert (path.parent / ".faces").is_dir()
+    assert len(
+        load_dataset(
+            "imagefolder",
+            data_dir=str(path.parent),
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
+    ) == len(load_manifest(path)[0])
+
 
 # ---- photographs
 @pytest.fixture(scope="module")
@@ -85,54 +215,114 @@ def shots():
     "(manifest rows with the file name, photographs) of both splits."
     from masked_ldm.pictures import read_picture
     from masked_ldm.subset import Rule, select_pictures
+
     rows, images = [], []
     for split in ("train", "val"):
-        for r in select_pictures(COCO_ROOT, split, Rule(0.))[0]: rows.append(r); images.append(read_picture(Path(COCO_ROOT)/f"{split}2017"/r["file_name"], (r["width"], r["height"])))
+        for r in select_pictures(COCO_ROOT, split, Rule(0.0))[0]:
+            rows.append(r)
+            images.append(
+                read_picture(
+                    Path(COCO_ROOT) / f"{split}2017" / r["file_name"], (r["width"], r["height"])
+                )
+            )
     return rows, images
+
 
 @photographs
 def test_faces_alone_are_the_librarys(shots):
     "On a CPU: for each photograph exactly the faces that facenet-pytorch finds in it alone, whatever lies beside it."
     from facenet_pytorch import MTCNN
+
     from masked_ldm.faces import detect_faces
+
     net, n = MTCNN(keep_all=True, min_face_size=20), 0
-    for im, (b, s), (c, t) in zip(shots[1], detect_faces(shots[1]), detect_faces(shots[1][::-1])[::-1]):
-        assert torch.equal(b, c) and torch.equal(s, t); boxes, scores = net.detect(im); boxes = np.zeros((0, 4), np.float32) if boxes is None else boxes.astype(np.float32)
-        boxes = boxes.clip(0, np.float32([im.width, im.height]*2)); keep = (np.array([v or 0 for v in scores[:len(boxes)]], float) >= .9) & ((boxes[:, 2:] - boxes[:, :2]).min(1, initial=9e9) >= 20)
-        assert {tuple(v) for v in b.tolist()} == {tuple(v) for v in boxes[keep].tolist()}; n += len(b)   # no two of them overlap by half
+    for im, (b, s), (c, t) in zip(
+        shots[1], detect_faces(shots[1]), detect_faces(shots[1][::-1])[::-1]
+    ):
+        assert torch.equal(b, c) and torch.equal(s, t)
+        boxes, scores = net.detect(im)
+        boxes = np.zeros((0, 4), np.float32) if boxes is None else boxes.astype(np.float32)
+        boxes = boxes.clip(0, np.float32([im.width, im.height] * 2))
+        keep = (np.array([v or 0 for v in scores[: len(boxes)]], float) >= 0.9) & (
+            (boxes[:, 2:] - boxes[:, :2]).min(1, initial=9e9) >= 20
+        )
+        assert {tuple(v) for v in b.tolist()} == {tuple(v) for v in boxes[keep].tolist()}
+        n += len(b)  # no two of them overlap by half
     print(f"{n} faces of 20 pixels in {len(shots[1])} photographs")
     assert n > 20
+
 
 @photographs
 def test_batches_agree_with_single_photographs(shots):
     from masked_ldm.faces import detect_faces
-    one, many = detect_faces(shots[1]), detect_faces(shots[1], batch_size=16); gap = max(float((a-b).abs().max()) for (a, _), (b, _) in zip(one, many) if len(a))
-    print(f"a batch moves boxes by at most {gap:.1e} pixels"); assert [len(b) for b, _ in one] == [len(b) for b, _ in many] and gap < 1e-2
+
+    one, many = detect_faces(shots[1]), detect_faces(shots[1], batch_size=16)
+    gap = max(float((a - b).abs().max()) for (a, _), (b, _) in zip(one, many) if len(a))
+    print(f"a batch moves boxes by at most {gap:.1e} pixels")
+    assert [len(b) for b, _ in one] == [len(b) for b, _ in many] and gap < 1e-2
+
 
 @photographs
 def test_precision_against_keypoints(shots):
     "Two ways to a face that know nothing of each other: pixels and marked joints."
     from masked_ldm.faces import FaceRule, face_agreement, find_faces
+
     told = {}
-    for name, rule in (("anywhere", FaceRule(on_person=0.)), ("on people", FaceRule()), ("on people, 12 px", FaceRule(min_face=12))):
-        found = [[f["box"] for f in fs] for fs in find_faces(*shots, rule, "cpu")]; told[name] = a = face_agreement(shots[0], found, rule.min_face)
-        print(f"{name}: {a['found']} found, {a['right']} right, {a['wrong']} wrong, {a['unjudged']} unjudged: precision {a['precision']:.3f}; {a['hit']} of {a['marked']} marked: recall {a['recall']:.3f}; median IoU {a['iou']:.2f}")
-    a = told["on people"]; assert a["precision"] >= .9 and a["recall"] >= .4 and a["iou"] >= .6 and a["right"] + a["wrong"] >= 20
+    for name, rule in (
+        ("anywhere", FaceRule(on_person=0.0)),
+        ("on people", FaceRule()),
+        ("on people, 12 px", FaceRule(min_face=12)),
+    ):
+        found = [[f["box"] for f in fs] for fs in find_faces(*shots, rule, "cpu")]
+        told[name] = a = face_agreement(shots[0], found, rule.min_face)
+        print(
+            f"{name}: {a['found']} found, {a['right']} right, {a['wrong']} wrong, {a['unjudged']} unjudged: precision {a['precision']:.3f}; {a['hit']} of {a['marked']} marked: recall {a['recall']:.3f}; median IoU {a['iou']:.2f}"
+        )
+    a = told["on people"]
+    assert (
+        a["precision"] >= 0.9
+        and a["recall"] >= 0.4
+        and a["iou"] >= 0.6
+        and a["right"] + a["wrong"] >= 20
+    )
     assert told["anywhere"]["precision"] <= a["precision"]
+
 
 @photographs
 def test_the_people_crop_keeps_more_faces(shots):
     from masked_ldm.crop import center_offset, people_offset
     from masked_ldm.faces import keypoint_faces, people_mask
-    kept, cut = dict(center=0, people=0, all=0), dict(center=0., people=0.)
+
+    kept, cut = dict(center=0, people=0, all=0), dict(center=0.0, people=0.0)
     for r in shots[0]:
-        faces, mask = keypoint_faces(r, 10), people_mask(r); side = min(mask.shape)
-        for k, (t, l) in dict(center=tuple(center_offset(n, side) for n in mask.shape), people=people_offset(faces, mask)).items():
-            inside = [x0 >= l-1e-3 and x1 <= l+side+1e-3 and y0 >= t-1e-3 and y1 <= t+side+1e-3 for x0, y0, x1, y1 in faces]; kept[k] += sum(inside); cut[k] += mask[t:t+side, l:l+side].sum()/mask.sum()/len(shots[0])
+        faces, mask = keypoint_faces(r, 10), people_mask(r)
+        side = min(mask.shape)
+        for k, (t, l) in dict(
+            center=tuple(center_offset(n, side) for n in mask.shape),
+            people=people_offset(faces, mask),
+        ).items():
+            inside = [
+                x0 >= l - 1e-3
+                and x1 <= l + side + 1e-3
+                and y0 >= t - 1e-3
+                and y1 <= t + side + 1e-3
+                for x0, y0, x1, y1 in faces
+            ]
+            kept[k] += sum(inside)
+            cut[k] += mask[t : t + side, l : l + side].sum() / mask.sum() / len(shots[0])
         kept["all"] += len(faces)
-    print(f"whole faces kept: {kept}; mean share of the people kept: {cut}"); assert kept["people"] > kept["center"] and cut["people"] > cut["center"]
+    print(f"whole faces kept: {kept}; mean share of the people kept: {cut}")
+    assert kept["people"] > kept["center"] and cut["people"] > cut["center"]
+
 
 @photographs
 def test_full_check_of_the_photographs(tmp_path):
     from masked_ldm.data import build_manifest, load_manifest
-    for split in ("train", "val"): assert load_manifest(build_manifest(COCO_ROOT, split, tmp_path/split, faces="keypoints", verify="full"))[1]["quarantined"] == []
+
+    for split in ("train", "val"):
+        assert (
+            load_manifest(
+                build_manifest(COCO_ROOT, split, tmp_path / split, faces="keypoints", verify="full")
+            )[1]["quarantined"]
+            == []
+        )

@@ -1,96 +1,254 @@
 "The losses on real masks, and in the company of other code."
+
 import os
-import pytest, torch
+
+import pytest
+import torch
+
 from masked_ldm.critics import random_tapnet
 from masked_ldm.masked_lpips import MaskedLPIPS
 
+
 def both(net, mask, seed=0):
     "Values and gradients, on windows and on whole pictures."
-    g = torch.Generator().manual_seed(seed); a, b = torch.rand(2, len(mask), 3, *mask.shape[-2:], generator=g, dtype=torch.float64)*2-1; out = []
-    for crop in (True, False): p = a.clone().requires_grad_(); v = MaskedLPIPS(net, crop=crop)(p, b, mask); v.sum().backward(); out.append((v.detach(), p.grad))
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.rand(2, len(mask), 3, *mask.shape[-2:], generator=g, dtype=torch.float64) * 2 - 1
+    out = []
+    for crop in (True, False):
+        p = a.clone().requires_grad_()
+        v = MaskedLPIPS(net, crop=crop)(p, b, mask)
+        v.sum().backward()
+        out.append((v.detach(), p.grad))
     return out
+
 
 @pytest.mark.skipif("MASKED_LDM_COCO" not in os.environ, reason="needs a COCO root")
 def test_windows_are_exact_on_real_masks(tmp_path):
     from masked_ldm.data import PersonDataset, build_manifest
-    ds = PersonDataset(build_manifest(os.environ["MASKED_LDM_COCO"], "train", tmp_path, faces="none"), 256); mask = torch.stack([ds[i]["mask"] for i in range(8)])
+
+    ds = PersonDataset(
+        build_manifest(os.environ["MASKED_LDM_COCO"], "train", tmp_path, faces="none"), 256
+    )
+    mask = torch.stack([ds[i]["mask"] for i in range(8)])
     (v, g), (w, h) = both(random_tapnet(0, widths=(8, 8, 8, 8)).double(), mask)
-    assert (v-w).abs().max() < 1e-12 and (g-h).abs().max() < 1e-12 and h.abs().max() > 1e-8
+    assert (v - w).abs().max() < 1e-12 and (g - h).abs().max() < 1e-12 and h.abs().max() > 1e-8
+
 
 def test_a_network_that_looks_everywhere_runs_whole():
     class Norm(torch.nn.Module):
-        def __init__(self): super().__init__(); torch.manual_seed(0); self.c, self.n = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.InstanceNorm2d(4)
-        def forward(self, x): return [self.n(self.c(x))]
-    mask = torch.zeros(2, 1, 64, 64); mask[0, :, 5:20, 40:60] = 1; loss = MaskedLPIPS(Norm().double())
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.c, self.n = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.InstanceNorm2d(4)
+
+        def forward(self, x):
+            return [self.n(self.c(x))]
+
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[0, :, 5:20, 40:60] = 1
+    loss = MaskedLPIPS(Norm().double())
     assert loss.reach((64, 64))[0] is None
-    (v, g), _ = both(Norm().double(), mask); assert v[1] == 0 and not g[1].any()
-    torch.manual_seed(1); a, b = torch.rand(2, 2, 3, 64, 64, dtype=torch.float64)*2-1; unit = lambda f: f/f.norm(dim=1, keepdim=True); net = Norm().double()
-    plain = ((unit(net(a)[0]) - unit(net(b)[0])).square().sum(1)[0]*mask[0, 0]).sum()/mask[0].sum(); assert abs(loss(a, b, mask.double())[0] - plain) < 1e-9   # the formula, on the whole picture
+    (v, g), _ = both(Norm().double(), mask)
+    assert v[1] == 0 and not g[1].any()
+    torch.manual_seed(1)
+    a, b = torch.rand(2, 2, 3, 64, 64, dtype=torch.float64) * 2 - 1
+
+    def unit(f):
+        return f / f.norm(dim=1, keepdim=True)
+
+    net = Norm().double()
+    plain = ((unit(net(a)[0]) - unit(net(b)[0])).square().sum(1)[0] * mask[0, 0]).sum() / mask[
+        0
+    ].sum()
+    assert abs(loss(a, b, mask.double())[0] - plain) < 1e-9  # the formula, on the whole picture
+
 
 def test_value_does_not_depend_on_the_batch_and_bf16_is_finite():
-    mask = torch.zeros(3, 1, 128, 128); mask[0, :, 5:20, 40:60] = 1; mask[1, :, 100:, 100:] = 1; net = random_tapnet(0); a, b = torch.rand(2, 3, 3, 128, 128)*2-1; loss = MaskedLPIPS(net); v = loss(a, b, mask)
-    for i in range(3): assert abs(loss(a[i:i+1], b[i:i+1], mask[i:i+1])[0] - v[i]) < 1e-6
-    with torch.autocast("cpu", torch.bfloat16): p = a.clone().requires_grad_(); u = loss(p, b, mask); u.sum().backward()
-    assert u.dtype == torch.float32 and torch.isfinite(p.grad).all() and (u-v).abs().max() < .05*v.max() and not p.grad[2].any()
+    mask = torch.zeros(3, 1, 128, 128)
+    mask[0, :, 5:20, 40:60] = 1
+    mask[1, :, 100:, 100:] = 1
+    net = random_tapnet(0)
+    a, b = torch.rand(2, 3, 3, 128, 128) * 2 - 1
+    loss = MaskedLPIPS(net)
+    v = loss(a, b, mask)
+    for i in range(3):
+        assert abs(loss(a[i : i + 1], b[i : i + 1], mask[i : i + 1])[0] - v[i]) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        p = a.clone().requires_grad_()
+        u = loss(p, b, mask)
+        u.sum().backward()
+    assert (
+        u.dtype == torch.float32
+        and torch.isfinite(p.grad).all()
+        and (u - v).abs().max() < 0.05 * v.max()
+        and not p.grad[2].any()
+    )
+
 
 def test_fp16_keeps_its_gradient():
     "As a loss scaler multiplies it: the gradient made on the way must not have underflowed before."
-    net, g = random_tapnet(0), torch.Generator().manual_seed(0); loss = MaskedLPIPS(net); a = torch.rand(1, 3, 512, 512, generator=g)*2-1; b = a + .1*torch.randn(a.shape, generator=g); mask = torch.ones(1, 1, 512, 512)
+    net, g = random_tapnet(0), torch.Generator().manual_seed(0)
+    loss = MaskedLPIPS(net)
+    a = torch.rand(1, 3, 512, 512, generator=g) * 2 - 1
+    b = a + 0.1 * torch.randn(a.shape, generator=g)
+    mask = torch.ones(1, 1, 512, 512)
+
     def grad(half):
         p = a.clone().requires_grad_()
-        with torch.autocast("cpu", torch.float16, enabled=half): v = loss(p, b, mask)
-        (v.sum()*2**16).backward(); return p.grad
-    want = grad(False); assert (grad(True) - want).norm() < .1*want.norm()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            v = loss(p, b, mask)
+        (v.sum() * 2**16).backward()
+        return p.grad
+
+    want = grad(False)
+    assert (grad(True) - want).norm() < 0.1 * want.norm()
+
 
 def test_masks_that_do_not_fit_are_named():
     loss, x = MaskedLPIPS(random_tapnet(0)), torch.zeros(3, 3, 64, 64)
-    for mask, said in ((torch.ones(3, 3, 64, 64), "mask must be"), (torch.ones(1, 1, 64, 64), "1 masks do not fit 3"), (torch.ones(3, 64, 64), "mask must be")):
-        with pytest.raises(ValueError, match=said): loss(x, x, mask)
+    for mask, said in (
+        (torch.ones(3, 3, 64, 64), "mask must be"),
+        (torch.ones(1, 1, 64, 64), "1 masks do not fit 3"),
+        (torch.ones(3, 64, 64), "mask must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            loss(x, x, mask)
+
 
 @pytest.fixture
 def step():
     "A small model, decoder and batch: (losses(**settings) -> Terms, trained weights)."
     from masked_ldm.face_loss import FaceLoss
     from masked_ldm.objective import MaskAwareObjective
-    torch.manual_seed(0); net, decoder = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Sequential(torch.nn.Upsample(scale_factor=8), torch.nn.Conv2d(4, 3, 3, padding=1)).requires_grad_(False)
-    z, x = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 32, 32)*2-1; mask = torch.zeros(2, 1, 32, 32); mask[:, :, 4:28, 8:24] = 1; boxes = torch.tensor([[0., 8, 4, 24, 20], [1, 9, 5, 25, 21]])
+
+    torch.manual_seed(0)
+    net, decoder = (
+        torch.nn.Conv2d(4, 4, 3, padding=1),
+        torch.nn.Sequential(
+            torch.nn.Upsample(scale_factor=8), torch.nn.Conv2d(4, 3, 3, padding=1)
+        ).requires_grad_(False),
+    )
+    z, x = torch.randn(2, 4, 4, 4), torch.rand(2, 3, 32, 32) * 2 - 1
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[:, :, 4:28, 8:24] = 1
+    boxes = torch.tensor([[0.0, 8, 4, 24, 20], [1, 9, 5, 25, 21]])
+
     def losses(decode=decoder, m=mask, b=boxes, **kw):
-        out = net(z); objective = MaskAwareObjective(**{**dict(T=100, lambda1=.2, lambda2=.5, lpips=MaskedLPIPS(random_tapnet(0, widths=(4, 8))), face=FaceLoss(random_tapnet(1, widths=(4, 8)), size=16), decode=decode), **kw})
+        out = net(z)
+        objective = MaskAwareObjective(
+            **{
+                **dict(
+                    T=100,
+                    lambda1=0.2,
+                    lambda2=0.5,
+                    lpips=MaskedLPIPS(random_tapnet(0, widths=(4, 8))),
+                    face=FaceLoss(random_tapnet(1, widths=(4, 8)), size=16),
+                    decode=decode,
+                ),
+                **kw,
+            }
+        )
         return objective(out.square().mean((1, 2, 3)), out, torch.tensor([5, 50]), x, m, b)
+
     return losses, list(net.parameters()), decoder, mask
 
-DEATHS = {"decode under no_grad": "decode runs under torch.no_grad", "uint8 round trip": "uint8 round trip", "detach": r"\.detach\(\)", "mask of zeros": "the mask is empty", "frozen branch": "no weight is trained",
-          "as published": "decoded picture has none", "half of the batch": r"sample\(s\) 1 of", "saturated clamp": "carries zeros", "no faces": "no boxes"}
+
+DEATHS = {
+    "decode under no_grad": "decode runs under torch.no_grad",
+    "uint8 round trip": "uint8 round trip",
+    "detach": r"\.detach\(\)",
+    "mask of zeros": "the mask is empty",
+    "frozen branch": "no weight is trained",
+    "as published": "decoded picture has none",
+    "half of the batch": r"sample\(s\) 1 of",
+    "saturated clamp": "carries zeros",
+    "no faces": "no boxes",
+}
+
 
 @pytest.mark.parametrize("way", DEATHS)
 def test_a_dead_term_is_refused_and_named(step, way):
     from masked_ldm.objective import DeadTerm, check_gradients
-    losses, params, decoder, mask = step; assert all(v > 0 for v in check_gradients(losses(), params).values())
-    kw = {"decode under no_grad": dict(decode=torch.no_grad()(lambda z: decoder(z))), "uint8 round trip": dict(decode=lambda z: ((decoder(z).clamp(-1, 1)+1)*127.5).byte()/127.5-1), "detach": dict(decode=lambda z: decoder(z.detach())),
-          "mask of zeros": dict(m=mask*0), "as published": dict(variant="as_published"), "half of the batch": dict(decode=lambda z: torch.cat([decoder(z[:1]), decoder(z[1:]).detach()])),
-          "saturated clamp": dict(decode=lambda z: (decoder(z)*1e6).clamp(-1, 1)), "no faces": dict(b=torch.zeros(0, 5))}.get(way, {})
+
+    losses, params, decoder, mask = step
+    assert all(v > 0 for v in check_gradients(losses(), params).values())
+    kw = {
+        "decode under no_grad": dict(decode=torch.no_grad()(lambda z: decoder(z))),
+        "uint8 round trip": dict(
+            decode=lambda z: ((decoder(z).clamp(-1, 1) + 1) * 127.5).byte() / 127.5 - 1
+        ),
+        "detach": dict(decode=lambda z: decoder(z.detach())),
+        "mask of zeros": dict(m=mask * 0),
+        "as published": dict(variant="as_published"),
+        "half of the batch": dict(
+            decode=lambda z: torch.cat([decoder(z[:1]), decoder(z[1:]).detach()])
+        ),
+        "saturated clamp": dict(decode=lambda z: (decoder(z) * 1e6).clamp(-1, 1)),
+        "no faces": dict(b=torch.zeros(0, 5)),
+    }.get(way, {})
     if way == "frozen branch":
-        for p in params: p.requires_grad_(False)
-    with pytest.raises(DeadTerm, match=DEATHS[way]): check_gradients(losses(**kw), params)
+        for p in params:
+            p.requires_grad_(False)
+    with pytest.raises(DeadTerm, match=DEATHS[way]):
+        check_gradients(losses(**kw), params)
+
 
 def test_two_face_losses_share_a_network_and_survive_copying():
     import copy
+
     from masked_ldm.face_loss import FaceLoss
-    net = random_tapnet(1, widths=(4, 8)); a, b = FaceLoss(net, size=16), FaceLoss(net, size=16); x, y = torch.rand(2, 2, 3, 32, 32)*2-1; boxes = torch.tensor([[0., 4, 4, 20, 24], [1, 6, 2, 28, 30]])
-    v = a(x, y, boxes); assert torch.equal(copy.deepcopy(a)(x, y, boxes), v) and torch.equal(b(x, y, boxes), v) and v.min() > 0
+
+    net = random_tapnet(1, widths=(4, 8))
+    a, b = FaceLoss(net, size=16), FaceLoss(net, size=16)
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    boxes = torch.tensor([[0.0, 4, 4, 20, 24], [1, 6, 2, 28, 30]])
+    v = a(x, y, boxes)
+    assert (
+        torch.equal(copy.deepcopy(a)(x, y, boxes), v)
+        and torch.equal(b(x, y, boxes), v)
+        and v.min() > 0
+    )
+
 
 def test_a_backbone_may_return_one_tap_or_a_dict():
     class Net(torch.nn.Module):
-        def __init__(self, form): super().__init__(); torch.manual_seed(0); self.c, self.form = torch.nn.Conv2d(3, 4, 3, padding=1), form
-        def forward(self, x): f = self.c(x); return dict(one=f, list=[f], dict={"f": f}, mean=f - f.mean((2, 3), keepdim=True), tokens=f.flatten(2))[self.form]
-    x, y = torch.rand(2, 1, 3, 48, 48)*2-1; mask = torch.zeros(1, 1, 48, 48); mask[..., 4:14, 6:20] = 1; v = {f: MaskedLPIPS(Net(f))(x, y, mask) for f in ("one", "list", "dict", "mean")}
+        def __init__(self, form):
+            super().__init__()
+            torch.manual_seed(0)
+            self.c, self.form = torch.nn.Conv2d(3, 4, 3, padding=1), form
+
+        def forward(self, x):
+            f = self.c(x)
+            return dict(
+                one=f,
+                list=[f],
+                dict={"f": f},
+                mean=f - f.mean((2, 3), keepdim=True),
+                tokens=f.flatten(2),
+            )[self.form]
+
+    x, y = torch.rand(2, 1, 3, 48, 48) * 2 - 1
+    mask = torch.zeros(1, 1, 48, 48)
+    mask[..., 4:14, 6:20] = 1
+    v = {f: MaskedLPIPS(Net(f))(x, y, mask) for f in ("one", "list", "dict", "mean")}
     assert torch.equal(v["one"], v["list"]) and torch.equal(v["dict"], v["list"]) and v["mean"] > 0
-    with pytest.raises(TypeError, match="must return its taps"): MaskedLPIPS(Net("tokens"))(x, y, mask)
+    with pytest.raises(TypeError, match="must return its taps"):
+        MaskedLPIPS(Net("tokens"))(x, y, mask)
+
 
 def test_fp16_keeps_its_gradient_in_parts(step):
     "The decoder's own gradient must not underflow either, a few samples at a time."
-    losses, params, decoder, _ = step; small = torch.nn.Sequential(decoder[0], decoder[1]); small[1].weight.data *= 1/64
+    losses, params, decoder, _ = step
+    small = torch.nn.Sequential(decoder[0], decoder[1])
+    small[1].weight.data *= 1 / 64
+
     def grad(half, at_once):
-        with torch.autocast("cpu", torch.float16, enabled=half): total = losses(decode=lambda z: small(z), at_once=at_once, lambda1=.5).total
-        return torch.cat([g.flatten().float() for g in torch.autograd.grad(total*2**12, params)])/2**12
-    want, got = grad(False, 0), grad(True, 1); assert (got - want).norm() < .1*want.norm(), ((got - want).norm()/want.norm())
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total = losses(decode=lambda z: small(z), at_once=at_once, lambda1=0.5).total
+        return (
+            torch.cat([g.flatten().float() for g in torch.autograd.grad(total * 2**12, params)])
+            / 2**12
+        )
+
+    want, got = grad(False, 0), grad(True, 1)
+    assert (got - want).norm() < 0.1 * want.norm(), (got - want).norm() / want.norm()

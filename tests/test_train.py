@@ -1,269 +1,804 @@
 "The run as users start it: papermill, the command line, Python."
-import json, os, shutil, signal, subprocess, sys, time
-import pytest, torch
-from safetensors.torch import load_file
-from conftest import ROOT, by_two, papermill, run, train_by_two
 
-WRONG = dict(T=([("T", 1200)], "T must be between 0 and 1000 (timesteps), not 1200"), misspelt=([("lamda1", .2)], "unknown parameter 'lamda1'; did you mean 'lambda1'?"),
-             weights=([("lambda1", .8), ("lambda2", .5)], "lambda1 + lambda2 must be between 0 and 1"), root=([("data_root", "tests")], "data_root tests is no COCO 2017 data set: it lacks annotations/instances_train2017.json"),
-             size=([("size", 100)], "size must be a multiple of 8 pixels"))
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, by_two, papermill, run, train_by_two
+from safetensors.torch import load_file
+
+WRONG = dict(
+    T=([("T", 1200)], "T must be between 0 and 1000 (timesteps), not 1200"),
+    misspelt=([("lamda1", 0.2)], "unknown parameter 'lamda1'; did you mean 'lambda1'?"),
+    weights=([("lambda1", 0.8), ("lambda2", 0.5)], "lambda1 + lambda2 must be between 0 and 1"),
+    root=(
+        [("data_root", "tests")],
+        "data_root tests is no COCO 2017 data set: it lacks annotations/instances_train2017.json",
+    ),
+    size=([("size", 100)], "size must be a multiple of 8 pixels"),
+)
+
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_setting_is_one_sentence(name, tmp_path):
-    given, said = WRONG[name]; code, text = papermill(tmp_path/"o.ipynb", *given, ("out_dir", tmp_path/"run")); end = text[text.index("Exception encountered"):].strip().splitlines()
+    given, said = WRONG[name]
+    code, text = papermill(tmp_path / "o.ipynb", *given, ("out_dir", tmp_path / "run"))
+    end = text[text.index("Exception encountered") :].strip().splitlines()
     assert code and len(end) == 2 and end[1].startswith(f"ConfigError: {said}"), text
-    assert not (tmp_path/"run").exists()
+    assert not (tmp_path / "run").exists()
+
 
 def test_papermill_run(tmp_path, quick):
-    code, text = papermill(tmp_path/"o.ipynb", *quick.items(), ("T", 400)); assert code == 0, text
-    out = tmp_path/"run"; rows = [json.loads(l) for l in (out/"metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and json.loads((out/"config.json").read_text())["T"] == 400
-    assert any(r["lpips"] and r["face"] and r["ldm"] for r in rows) and {"README.md", "controlnet", "samples", "metrics.json"} <= {p.name for p in out.iterdir()}
-    norms = json.loads((out/"metrics.json").read_text())["gradient_norms"]; assert all(v > 0 for v in norms.values())
+    code, text = papermill(tmp_path / "o.ipynb", *quick.items(), ("T", 400))
+    assert code == 0, text
+    out = tmp_path / "run"
+    rows = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and json.loads(
+        (out / "config.json").read_text()
+    )["T"] == 400
+    assert any(r["lpips"] and r["face"] and r["ldm"] for r in rows) and {
+        "README.md",
+        "controlnet",
+        "samples",
+        "metrics.json",
+    } <= {p.name for p in out.iterdir()}
+    norms = json.loads((out / "metrics.json").read_text())["gradient_norms"]
+    assert all(v > 0 for v in norms.values())
 
-def weights(path): return load_file(path/"controlnet"/"diffusion_pytorch_model.safetensors")
+
+def weights(path):
+    return load_file(path / "controlnet" / "diffusion_pytorch_model.safetensors")
+
 
 def test_resumed_is_never_stopped(tmp_path, quick):
     "A15: bit-equal, in the middle of an epoch too."
     from masked_ldm.train import ConfigError, TrainConfig, train
-    whole = train(TrainConfig.make(**quick))
-    half = {**quick, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3}))
-    with pytest.raises(ConfigError, match="already holds a run"): train(TrainConfig.make(**half))
-    with pytest.raises(ConfigError, match="lambda1 was 0.2, is 0.3"): train(TrainConfig.make(**half, resume="latest", lambda1=.3))
-    with open(tmp_path/"half"/"metrics.jsonl", "a") as f: f.write('{"step": 4, "lo')   # as a kill leaves it
-    rest = train(TrainConfig.make(**half, resume="latest")); assert [r["step"] for r in rest.history] == [1, 2, 3, 4, 5, 6]
-    a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
-    fresh = train(TrainConfig.make(**{**quick, "seed": 1, "max_steps": 1, "out_dir": str(tmp_path/"other")})); c = weights(fresh.path); assert any(not torch.equal(a[k], c[k]) for k in a)
 
-SWITCHES = dict(spread=dict(T=600, stratified_t=True, max_decoded=1, use_ema=True, ema_decay=.5, gradient_accumulation_steps=2), parts=dict(T=1000, decode_batch=1, channels_last=True, per_person=True, gate="cosine", lambda_warmup_steps=3),
-                crop=dict(T=1000, decode="crop", cache_latents=True, proportion_empty_prompts=.5, gradient_checkpointing=True), bf16=dict(T=600, mixed_precision="bf16", stratified_t=True, decode_batch=2, crop="people", fused_adam=False))
+    whole = train(TrainConfig.make(**quick))
+    half = {**quick, "out_dir": str(tmp_path / "half")}
+    train(TrainConfig.make(**{**half, "max_steps": 3}))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(TrainConfig.make(**half))
+    with pytest.raises(ConfigError, match="lambda1 was 0.2, is 0.3"):
+        train(TrainConfig.make(**half, resume="latest", lambda1=0.3))
+    with open(tmp_path / "half" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # as a kill leaves it
+    rest = train(TrainConfig.make(**half, resume="latest"))
+    assert [r["step"] for r in rest.history] == [1, 2, 3, 4, 5, 6]
+    a, b = weights(whole.path), weights(rest.path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    fresh = train(
+        TrainConfig.make(**{**quick, "seed": 1, "max_steps": 1, "out_dir": str(tmp_path / "other")})
+    )
+    c = weights(fresh.path)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+SWITCHES = dict(
+    spread=dict(
+        T=600,
+        stratified_t=True,
+        max_decoded=1,
+        use_ema=True,
+        ema_decay=0.5,
+        gradient_accumulation_steps=2,
+    ),
+    parts=dict(
+        T=1000,
+        decode_batch=1,
+        channels_last=True,
+        per_person=True,
+        gate="cosine",
+        lambda_warmup_steps=3,
+    ),
+    crop=dict(
+        T=1000,
+        decode="crop",
+        cache_latents=True,
+        proportion_empty_prompts=0.5,
+        gradient_checkpointing=True,
+    ),
+    bf16=dict(
+        T=600,
+        mixed_precision="bf16",
+        stratified_t=True,
+        decode_batch=2,
+        crop="people",
+        fused_adam=False,
+    ),
+)
+
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_resumed_with_every_switch_is_never_stopped(name, tmp_path, quick):
     "A15 for all that a run can be told. (channels_last: fused AdamW takes for granted that moments come back in the weights' own order of memory.)"
     from masked_ldm.train import TrainConfig, train
-    given = {**quick, "val_pictures": 0, "max_steps": 4, "checkpointing_steps": 2, **SWITCHES[name]}; whole = train(TrainConfig.make(**given)); half = tmp_path/"half"
-    shutil.copytree(whole.path, half); shutil.rmtree(half/"controlnet"); shutil.rmtree(half/"checkpoints"/"step_000004")
-    rest = train(TrainConfig.make(**{**given, "out_dir": str(half)}, resume="latest")); a, b = weights(whole.path), weights(half); assert all(torch.equal(a[k], b[k]) for k in a)
-    same = lambda rows: [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]; assert same(rest.history) == same(whole.history) and len(rest.history) == 4 and all(r["loss"] > 0 for r in rest.history)
+
+    given = {**quick, "val_pictures": 0, "max_steps": 4, "checkpointing_steps": 2, **SWITCHES[name]}
+    whole = train(TrainConfig.make(**given))
+    half = tmp_path / "half"
+    shutil.copytree(whole.path, half)
+    shutil.rmtree(half / "controlnet")
+    shutil.rmtree(half / "checkpoints" / "step_000004")
+    rest = train(TrainConfig.make(**{**given, "out_dir": str(half)}, resume="latest"))
+    a, b = weights(whole.path), weights(half)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+    def same(rows):
+        return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+
+    assert (
+        same(rest.history) == same(whole.history)
+        and len(rest.history) == 4
+        and all(r["loss"] > 0 for r in rest.history)
+    )
+
 
 def test_back_to_an_older_checkpoint(tmp_path, quick):
     "What came later is set aside, not in the way; other settings are gone on with only when asked for; a newer or stranger checkpoint is refused."
     from masked_ldm.train import ConfigError, TrainConfig, train
-    kw = {**quick, "val_pictures": 0, "checkpointing_steps": 2, "checkpoints_total_limit": 3}; whole = train(TrainConfig.make(**kw)); folder = whole.path/"checkpoints"
-    (whole.path/"metrics.jsonl").open("a").write('{"step": 7, "bands": {"0-50": {"n": 1}')   # torn after an inner brace
-    with pytest.raises(ConfigError, match="learning_rate was 0.0003, is 0.001.*resume_changed=True"): train(TrainConfig.make(**kw, resume=str(folder/"step_000002"), learning_rate=1e-3))
-    again = train(TrainConfig.make(**{**kw, "max_steps": 4}, resume=str(folder/"step_000002"))); assert {"abandoned-step_000004", "abandoned-step_000006", "step_000004"} <= {p.name for p in folder.iterdir()} and [r["step"] for r in again.history] == [1, 2, 3, 4]
-    other = train(TrainConfig.make(**{**kw, "max_steps": 5}, resume="latest", learning_rate=1e-3, resume_changed=True)); assert other.history[-1]["lr"] > 3e-4
-    import hashlib
-    state = folder/"step_000005"/"state.json"; d = json.loads(state.read_text()); d["schema"] = 99; state.write_text(json.dumps(d)); index = state.parent/"sha256.json"; h = json.loads(index.read_text()); h["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest(); index.write_text(json.dumps(h))
-    with pytest.raises(ConfigError, match="newer masked_ldm"): train(TrainConfig.make(**kw, resume="latest", learning_rate=1e-3))
 
-def curve(folder): return [json.loads(l) for l in (folder/"metrics.jsonl").read_text().splitlines()]
+    kw = {**quick, "val_pictures": 0, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
+    whole = train(TrainConfig.make(**kw))
+    folder = whole.path / "checkpoints"
+    (whole.path / "metrics.jsonl").open("a").write(
+        '{"step": 7, "bands": {"0-50": {"n": 1}'
+    )  # torn after an inner brace
+    with pytest.raises(
+        ConfigError, match="learning_rate was 0.0003, is 0.001.*resume_changed=True"
+    ):
+        train(TrainConfig.make(**kw, resume=str(folder / "step_000002"), learning_rate=1e-3))
+    again = train(TrainConfig.make(**{**kw, "max_steps": 4}, resume=str(folder / "step_000002")))
+    assert {"abandoned-step_000004", "abandoned-step_000006", "step_000004"} <= {
+        p.name for p in folder.iterdir()
+    } and [r["step"] for r in again.history] == [1, 2, 3, 4]
+    other = train(
+        TrainConfig.make(
+            **{**kw, "max_steps": 5}, resume="latest", learning_rate=1e-3, resume_changed=True
+        )
+    )
+    assert other.history[-1]["lr"] > 3e-4
+    import hashlib
+
+    state = folder / "step_000005" / "state.json"
+    d = json.loads(state.read_text())
+    d["schema"] = 99
+    state.write_text(json.dumps(d))
+    index = state.parent / "sha256.json"
+    h = json.loads(index.read_text())
+    h["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    index.write_text(json.dumps(h))
+    with pytest.raises(ConfigError, match="newer masked_ldm"):
+        train(TrainConfig.make(**kw, resume="latest", learning_rate=1e-3))
+
+
+def curve(folder):
+    return [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
+
 
 def test_two_processes_are_one(tmp_path, quick):
     "A14, as users start it. The first step is equal to seven digits; after it AdamW, which divides a gradient by its own size, carries on what float32 sums in another order."
     from masked_ldm.train import TrainConfig, train
-    given = {**quick, "T": 400, "max_steps": 3, "val_pictures": 0}; one = train(TrainConfig.make(**given)).history; code, text = train_by_two({**given, "out_dir": tmp_path/"two"}); assert code == 0, text
-    assert json.loads((tmp_path/"two"/"data.json").read_text())["processes"] == 2; two = curve(tmp_path/"two"); assert len(one) == len(two) == 3
-    for k, (a, b) in enumerate(zip(one, two)): assert abs(a["loss"] - b["loss"]) < (1e-5, 1e-4)[k > 0] and abs(a["grad_norm"] - b["grad_norm"]) < (1e-5, 1e-3)[k > 0]*max(1, a["grad_norm"]), (k, a, b)
+
+    given = {**quick, "T": 400, "max_steps": 3, "val_pictures": 0}
+    one = train(TrainConfig.make(**given)).history
+    code, text = train_by_two({**given, "out_dir": tmp_path / "two"})
+    assert code == 0, text
+    assert json.loads((tmp_path / "two" / "data.json").read_text())["processes"] == 2
+    two = curve(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for k, (a, b) in enumerate(zip(one, two)):
+        assert abs(a["loss"] - b["loss"]) < (1e-5, 1e-4)[k > 0] and abs(
+            a["grad_norm"] - b["grad_norm"]
+        ) < (1e-5, 1e-3)[k > 0] * max(1, a["grad_norm"]), (k, a, b)
+
 
 def test_two_processes_are_one_with_every_switch(tmp_path, quick):
     "A14 in float64, timesteps spread, decoding capped and dealt, weights averaged, steps in parts: the same curve and the same weights."
     from in_float64 import float64
-    from masked_ldm.train import TrainConfig, train
-    given = {**quick, "T": 600, "max_steps": 4, "batch_size": 8, "val_pictures": 0, "stratified_t": True, "max_decoded": 3, "use_ema": True, "ema_decay": .5, "decode_batch": 1}
-    with float64(): one = train(TrainConfig.make(**given))
-    two = {**given, "out_dir": str(tmp_path/"two"), "gradient_accumulation_steps": 2}; code, text = by_two(ROOT/"tests"/"in_float64.py", json.dumps(two), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])); assert code == 0, text
-    a, b = weights(one.path), weights(tmp_path/"two"); assert all(v.dtype == torch.float64 and (v - b[k]).abs().max() < 1e-9 for k, v in a.items()), max((v - b[k]).abs().max() for k, v in a.items())
-    for x, y in zip(one.history, curve(tmp_path/"two")): assert x["bands"] == y["bands"] and all(abs(x[k] - y[k]) < 2e-6 for k in ("loss", "ldm", "lpips", "face", "grad_norm") if x[k] is not None), (x, y)   # written to six digits
 
-@pytest.mark.parametrize("switches", [dict(), dict(stratified_t=True), dict(stratified_t=True, max_decoded=3), dict(max_decoded=5)], ids=str)
+    from masked_ldm.train import TrainConfig, train
+
+    given = {
+        **quick,
+        "T": 600,
+        "max_steps": 4,
+        "batch_size": 8,
+        "val_pictures": 0,
+        "stratified_t": True,
+        "max_decoded": 3,
+        "use_ema": True,
+        "ema_decay": 0.5,
+        "decode_batch": 1,
+    }
+    with float64():
+        one = train(TrainConfig.make(**given))
+    two = {**given, "out_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 2}
+    code, text = by_two(
+        ROOT / "tests" / "in_float64.py",
+        json.dumps(two),
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    )
+    assert code == 0, text
+    a, b = weights(one.path), weights(tmp_path / "two")
+    assert all(v.dtype == torch.float64 and (v - b[k]).abs().max() < 1e-9 for k, v in a.items()), (
+        max((v - b[k]).abs().max() for k, v in a.items())
+    )
+    for x, y in zip(one.history, curve(tmp_path / "two")):
+        assert x["bands"] == y["bands"] and all(
+            abs(x[k] - y[k]) < 2e-6
+            for k in ("loss", "ldm", "lpips", "face", "grad_norm")
+            if x[k] is not None
+        ), (x, y)  # written to six digits
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [dict(), dict(stratified_t=True), dict(stratified_t=True, max_decoded=3), dict(max_decoded=5)],
+    ids=str,
+)
 def test_samples_are_dealt_evenly(switches, tmp_path, quick, monkeypatch):
     "Any number of processes, any number of parts: each sample once, and each decodes the same number, give or take one, in each part and in the whole step."
     from masked_ldm.train import TrainConfig, Trainer
-    tr = Trainer(TrainConfig.make(**{**quick, "T": 300, "batch_size": 16, "val_pictures": 0, **switches}), tmp_path/"run"); acc = tr.acc
-    class At: # this process of so many
-        def __init__(self, r, n): self.process_index, self.num_processes = r, n
+
+    tr = Trainer(
+        TrainConfig.make(**{**quick, "T": 300, "batch_size": 16, "val_pictures": 0, **switches}),
+        tmp_path / "run",
+    )
+    acc = tr.acc
+
+    class At:  # this process of so many
+        def __init__(self, r, n):
+            self.process_index, self.num_processes = r, n
+
     for step in range(20):
-        t, _, pick = tr.whole(step); decoded = (t < 300) & (True if pick is None else pick > 0)
+        t, _, pick = tr.whole(step)
+        decoded = (t < 300) & (True if pick is None else pick > 0)
         for n in (1, 2, 4):
             for parts in (1, 2, 4):
-                tr.config.gradient_accumulation_steps = parts; got = []
-                for r in range(n): tr.acc = At(r, n); got.append(tr.parts(step)); assert [len(p) for p in got[-1]] == [16//n//parts]*parts
-                assert sorted(p for ps in got for part in ps for p in part) == list(range(16)); each = torch.tensor([[int(decoded[part].sum()) for part in ps] for ps in got])
-                assert each.sum() == decoded.sum() and each.max() - each.min() <= 1 and each.sum(1).max() - each.sum(1).min() <= 1, (n, parts, each)
+                tr.config.gradient_accumulation_steps = parts
+                got = []
+                for r in range(n):
+                    tr.acc = At(r, n)
+                    got.append(tr.parts(step))
+                    assert [len(p) for p in got[-1]] == [16 // n // parts] * parts
+                assert sorted(p for ps in got for part in ps for p in part) == list(range(16))
+                each = torch.tensor([[int(decoded[part].sum()) for part in ps] for ps in got])
+                assert (
+                    each.sum() == decoded.sum()
+                    and each.max() - each.min() <= 1
+                    and each.sum(1).max() - each.sum(1).min() <= 1
+                ), (n, parts, each)
     tr.acc = acc
+
 
 def test_bf16_runs_on_a_cpu(quick):
     "As the sd15 presets train, with cached text of the same precision: losses near those of float32, nothing dead."
     from masked_ldm.train import TrainConfig, train
-    a, b = (train(TrainConfig.make(**{**quick, "out_dir": quick["out_dir"]+p, "val_pictures": 0, "max_steps": 2, "T": 400, "mixed_precision": p, "cache_latents": p == "bf16"})) for p in ("no", "bf16"))
-    assert all(abs(x["loss"] - y["loss"]) < .02*x["loss"] for x, y in zip(a.history, b.history)) and all(b.norms.values()), (a.history, b.history)
+
+    a, b = (
+        train(
+            TrainConfig.make(
+                **{
+                    **quick,
+                    "out_dir": quick["out_dir"] + p,
+                    "val_pictures": 0,
+                    "max_steps": 2,
+                    "T": 400,
+                    "mixed_precision": p,
+                    "cache_latents": p == "bf16",
+                }
+            )
+        )
+        for p in ("no", "bf16")
+    )
+    assert all(
+        abs(x["loss"] - y["loss"]) < 0.02 * x["loss"] for x, y in zip(a.history, b.history)
+    ) and all(b.norms.values()), (a.history, b.history)
+
 
 def test_as_published_runs_and_is_dead(tmp_path, quick):
     from masked_ldm.train import TrainConfig, train
+
     norms = train(TrainConfig.make(**{**quick, "max_steps": 1, "variant": "as_published"})).norms
     assert norms["lpips"] == norms["face"] == 0 and norms["ldm"] > 0
+
 
 def test_each_person_once(tmp_path, quick):
     from masked_ldm.data import collate
     from masked_ldm.train import TrainConfig, Trainer, keyed_noise
+
     got = {}
     for each in (False, True):
-        tr = Trainer(TrainConfig.make(**{**quick, "per_person": each, "T": 1000}), tmp_path/str(each)); counts = [len(r["people"]) for r in tr.train_set.rows]; i, k = counts.index(1), max(range(len(counts)), key=counts.__getitem__)
+        tr = Trainer(
+            TrainConfig.make(**{**quick, "per_person": each, "T": 1000}), tmp_path / str(each)
+        )
+        counts = [len(r["people"]) for r in tr.train_set.rows]
+        i, k = counts.index(1), max(range(len(counts)), key=counts.__getitem__)
         noise, post, _ = keyed_noise(0, 0, range(2), tr.latent)
-        with torch.no_grad(): got[each] = tr.losses(collate([tr.train_set[i], tr.train_set[k]]), noise, post, torch.full((2,), 200)).lpips
-    assert counts[k] > 1 and abs(got[True][0] - got[False][0]) < 1e-6 and abs(got[True][1] - got[False][1]) > 1e-5   # one person: the same; several: not
+        with torch.no_grad():
+            got[each] = tr.losses(
+                collate([tr.train_set[i], tr.train_set[k]]), noise, post, torch.full((2,), 200)
+            ).lpips
+    assert (
+        counts[k] > 1
+        and abs(got[True][0] - got[False][0]) < 1e-6
+        and abs(got[True][1] - got[False][1]) > 1e-5
+    )  # one person: the same; several: not
+
 
 def test_not_finite_is_skipped_counted_and_ends(tmp_path, quick):
     from masked_ldm.data import collate
     from masked_ldm.train import TrainConfig, Trainer
-    tr = Trainer(TrainConfig.make(**quick), tmp_path/"run"); b = collate([tr.train_set[i] for i in range(4)]); before = {n: p.clone() for n, p in tr.bare.named_parameters()}; b.pixels[0, 0, 0, 0] = float("nan")
-    for _ in range(4): assert tr.step([(range(4), b)]) is None
-    with pytest.raises(FloatingPointError, match="5 steps in a row"): tr.step([(range(4), b)])
-    assert tr.skipped == 5 and all(torch.equal(p, before[n]) for n, p in tr.bare.named_parameters()) and (tmp_path/"run"/"checkpoints"/"step_000005").is_dir()
+
+    tr = Trainer(TrainConfig.make(**quick), tmp_path / "run")
+    b = collate([tr.train_set[i] for i in range(4)])
+    before = {n: p.clone() for n, p in tr.bare.named_parameters()}
+    b.pixels[0, 0, 0, 0] = float("nan")
+    for _ in range(4):
+        assert tr.step([(range(4), b)]) is None
+    with pytest.raises(FloatingPointError, match="5 steps in a row"):
+        tr.step([(range(4), b)])
+    assert (
+        tr.skipped == 5
+        and all(torch.equal(p, before[n]) for n, p in tr.bare.named_parameters())
+        and (tmp_path / "run" / "checkpoints" / "step_000005").is_dir()
+    )
+
 
 def test_without_judges(tmp_path, quick):
     from masked_ldm.train import TrainConfig, train
-    r = train(TrainConfig.make(**{**quick, "val_pictures": 0, "max_steps": 1})); assert r.metrics is None and "not judged" in (r.path/"README.md").read_text()
 
-@pytest.mark.parametrize("given, said", [(["--min_area", ".99"], "is left after filtering"), (["--batch_size", "5000"], "batch_size 5000 is more than the"), (["--resume", "nowhere"], "resume nowhere is not a checkpoint folder"), (["--base", "nbs", "--data_root", "WORLD"], "lacks model_index.json")])
+    r = train(TrainConfig.make(**{**quick, "val_pictures": 0, "max_steps": 1}))
+    assert r.metrics is None and "not judged" in (r.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--min_area", ".99"], "is left after filtering"),
+        (["--batch_size", "5000"], "batch_size 5000 is more than the"),
+        (["--resume", "nowhere"], "resume nowhere is not a checkpoint folder"),
+        (["--base", "nbs", "--data_root", "WORLD"], "lacks model_index.json"),
+    ],
+)
 def test_command_line_says_it_in_one_sentence(given, said, tmp_path, quick, world):
-    code, text = run(sys.executable, "-m", "masked_ldm.train", *(x for k, v in quick.items() for x in (f"--{k}", v)), *(str(world) if g == "WORLD" else g for g in given))
-    last = text.strip().splitlines()[-1]; assert code == 1 and last.startswith("masked-ldm-train: ") and said in last and "Traceback" not in text, text
+    code, text = run(
+        sys.executable,
+        "-m",
+        "masked_ldm.train",
+        *(x for k, v in quick.items() for x in (f"--{k}", v)),
+        *(str(world) if g == "WORLD" else g for g in given),
+    )
+    last = text.strip().splitlines()[-1]
+    assert (
+        code == 1
+        and last.startswith("masked-ldm-train: ")
+        and said in last
+        and "Traceback" not in text
+    ), text
+
 
 def test_missing_weights_are_listed_at_once(tmp_path, world):
-    code, text = run(sys.executable, "-m", "masked_ldm.train", "--preset", "sd15", "--data_root", world, "--out_dir", tmp_path/"run", HF_HUB_OFFLINE="1", HF_HOME=tmp_path, TORCH_HOME=tmp_path,
-                     https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
+    code, text = run(
+        sys.executable,
+        "-m",
+        "masked_ldm.train",
+        "--preset",
+        "sd15",
+        "--data_root",
+        world,
+        "--out_dir",
+        tmp_path / "run",
+        HF_HUB_OFFLINE="1",
+        HF_HOME=tmp_path,
+        TORCH_HOME=tmp_path,
+        https_proxy="http://127.0.0.1:9",
+        http_proxy="http://127.0.0.1:9",
+        HTTPS_PROXY="http://127.0.0.1:9",
+    )
     last = text.strip().splitlines()[-1]
-    assert code and all(s in last for s in ("5 network(s) of this run cannot be loaded", "stable-diffusion-v1-5", "vgg16-397923af.pth", "vggface2", "alexnet", "casia-webface")), text
+    assert code and all(
+        s in last
+        for s in (
+            "5 network(s) of this run cannot be loaded",
+            "stable-diffusion-v1-5",
+            "vgg16-397923af.pth",
+            "vggface2",
+            "alexnet",
+            "casia-webface",
+        )
+    ), text
+
 
 def start(*flags):
     "A run in a process of its own."
-    return subprocess.Popen([sys.executable, "-m", "masked_ldm.train", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "masked_ldm.train", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
-def flags(given): return [x for k, v in given.items() for x in (f"--{k}", v)]
+
+def flags(given):
+    return [x for k, v in given.items() for x in (f"--{k}", v)]
+
 
 def steps_done(folder):
-    log = folder/"metrics.jsonl"; return log.read_text().count("\n") if log.is_file() else 0
+    log = folder / "metrics.jsonl"
+    return log.read_text().count("\n") if log.is_file() else 0
+
 
 def wait_for(condition, seconds=120):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "waited too long"
-        time.sleep(.02)
+        time.sleep(0.02)
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "A run of eight steps that nobody disturbs: (its settings, its weights)."
     from masked_ldm.train import TrainConfig, train
+
     tmp = tmp_path_factory.mktemp("whole")
-    given = dict(cache_dir=str(tmp/"cache"), world_pictures=24, val_pictures=0, max_steps=8, batch_size=2, sample_interval=100, sample_steps=1, checkpointing_steps=2, log_steps=1, report_to="none")
-    return given, weights(train(TrainConfig.make(**given, out_dir=str(tmp/"run"))).path)
+    given = dict(
+        cache_dir=str(tmp / "cache"),
+        world_pictures=24,
+        val_pictures=0,
+        max_steps=8,
+        batch_size=2,
+        sample_interval=100,
+        sample_steps=1,
+        checkpointing_steps=2,
+        log_steps=1,
+        report_to="none",
+    )
+    return given, weights(train(TrainConfig.make(**given, out_dir=str(tmp / "run"))).path)
+
 
 @pytest.mark.parametrize("signum, workers", [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
 def test_asked_to_stop(signum, workers, whole, tmp_path, capsys):
     "The whole process group is told, as schedulers and terminals do: the state is saved, the exit status is the shell's, and going on ends where an undisturbed run ends."
-    given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100, "dataloader_num_workers": workers}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
-    os.killpg(p.pid, signum); text = p.communicate(timeout=120)[0]; assert p.returncode == 128 + signum, text
-    last = text.strip().splitlines()[-1]; assert "Traceback" not in text and f"stopped by {signum.name} after step" in last and "resume=latest" in last, text
+    given, want = whole
+    given = {
+        **given,
+        "out_dir": tmp_path / "run",
+        "checkpointing_steps": 100,
+        "dataloader_num_workers": workers,
+    }
+    p = start(*flags(given))
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2)
+    os.killpg(p.pid, signum)
+    text = p.communicate(timeout=120)[0]
+    assert p.returncode == 128 + signum, text
+    last = text.strip().splitlines()[-1]
+    assert (
+        "Traceback" not in text
+        and f"stopped by {signum.name} after step" in last
+        and "resume=latest" in last
+    ), text
     from masked_ldm.train import TrainConfig, train
-    train(TrainConfig.make(**{**given, "dataloader_num_workers": 0, "out_dir": str(given["out_dir"])}, resume="latest")); assert "going on from step_" in capsys.readouterr().out
-    got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
+
+    train(
+        TrainConfig.make(
+            **{**given, "dataloader_num_workers": 0, "out_dir": str(given["out_dir"])},
+            resume="latest",
+        )
+    )
+    assert "going on from step_" in capsys.readouterr().out
+    got = weights(tmp_path / "run")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
 
 def test_interrupted_papermill_can_go_on(whole, tmp_path):
-    given, want = whole; given = {**given, "out_dir": tmp_path/"run", "checkpointing_steps": 100}
-    p = subprocess.Popen([sys.executable, "-m", "papermill", "nbs/05_train.ipynb", tmp_path/"o.ipynb", "--no-progress-bar", *(x for k, v in given.items() for x in ("-p", k, str(v)))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: steps_done(tmp_path/"run") >= 2); p.send_signal(signal.SIGINT); text = p.communicate(timeout=120)[0]   # its own exit status varies
-    assert list((tmp_path/"run"/"checkpoints").glob("step_*")), text
-    code, text = papermill(tmp_path/"o2.ipynb", *given.items(), ("resume", "latest")); assert code == 0, text
-    got = weights(tmp_path/"run"); assert all(torch.equal(got[k], v) for k, v in want.items())
+    given, want = whole
+    given = {**given, "out_dir": tmp_path / "run", "checkpointing_steps": 100}
+    p = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "nbs/05_train.ipynb",
+            tmp_path / "o.ipynb",
+            "--no-progress-bar",
+            *(x for k, v in given.items() for x in ("-p", k, str(v))),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2)
+    p.send_signal(signal.SIGINT)
+    text = p.communicate(timeout=120)[0]  # its own exit status varies
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*")), text
+    code, text = papermill(tmp_path / "o2.ipynb", *given.items(), ("resume", "latest"))
+    assert code == 0, text
+    got = weights(tmp_path / "run")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
 
 def test_gate_and_warm_up_reach_the_run(tmp_path, quick):
     from masked_ldm.train import TrainConfig, Trainer, train
-    rows = train(TrainConfig.make(**{**quick, "max_steps": 4, "T": 1000, "lambda_warmup_steps": 3, "gate": "cosine"})).history
-    assert rows[0]["lpips"] is None and rows[0]["face"] is None and all(r["lpips"] and r["face"] for r in rows[1:])   # the lambdas start at 0, the preflight looks at them full
-    run = Trainer(TrainConfig.make(**quick, T=500, gate="linear"), tmp_path); assert run.objective.gate(torch.tensor([0, 250, 500])).tolist() == [1, .5, 0]
+
+    rows = train(
+        TrainConfig.make(
+            **{**quick, "max_steps": 4, "T": 1000, "lambda_warmup_steps": 3, "gate": "cosine"}
+        )
+    ).history
+    assert (
+        rows[0]["lpips"] is None
+        and rows[0]["face"] is None
+        and all(r["lpips"] and r["face"] for r in rows[1:])
+    )  # the lambdas start at 0, the preflight looks at them full
+    run = Trainer(TrainConfig.make(**quick, T=500, gate="linear"), tmp_path)
+    assert run.objective.gate(torch.tensor([0, 250, 500])).tolist() == [1, 0.5, 0]
+
 
 def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeypatch):
     from masked_ldm import train as module
-    quick = {**quick, "val_pictures": 0, "max_steps": 4}; whole = module.train(module.TrainConfig.make(**quick)); half = {**quick, "out_dir": str(tmp_path/"half")}; losses = module.Trainer.losses
+
+    quick = {**quick, "val_pictures": 0, "max_steps": 4}
+    whole = module.train(module.TrainConfig.make(**quick))
+    half = {**quick, "out_dir": str(tmp_path / "half")}
+    losses = module.Trainer.losses
+
     def full(self, *a, **kw):
-        if self.step_done == 2: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.step_done == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return losses(self, *a, **kw)
-    monkeypatch.setattr(module.Trainer, "losses", full); monkeypatch.setattr(module, "advice", lambda *a: "gradient_checkpointing=True")
-    with pytest.raises(RuntimeError, match=r"out of memory in step 3 .*resume=latest and gradient_checkpointing=True") as e: module.train(module.TrainConfig.make(**half))
-    assert module.told(e.value) and (tmp_path/"half"/"checkpoints"/"step_000002").is_dir()
-    monkeypatch.setattr(module.Trainer, "losses", losses); rest = module.train(module.TrainConfig.make(**half, resume="latest")); a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)
+
+    monkeypatch.setattr(module.Trainer, "losses", full)
+    monkeypatch.setattr(module, "advice", lambda *a: "gradient_checkpointing=True")
+    with pytest.raises(
+        RuntimeError,
+        match=r"out of memory in step 3 .*resume=latest and gradient_checkpointing=True",
+    ) as e:
+        module.train(module.TrainConfig.make(**half))
+    assert module.told(e.value) and (tmp_path / "half" / "checkpoints" / "step_000002").is_dir()
+    monkeypatch.setattr(module.Trainer, "losses", losses)
+    rest = module.train(module.TrainConfig.make(**half, resume="latest"))
+    a, b = weights(whole.path), weights(rest.path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
 
 def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, capsys):
     import huggingface_hub
     from accelerate import Accelerator
+
     from masked_ldm.train import ConfigError, TrainConfig, train
-    def away(*a, **kw): raise ConnectionError("no route to host")
-    monkeypatch.setattr(Accelerator, "log", away); monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", away)
-    done = train(TrainConfig.make(**{**quick, "report_to": "tensorboard", "push_to_hub": True, "hub_model_id": "me/mine", "val_pictures": 0, "max_steps": 3})); said = capsys.readouterr().out
-    assert said.count("no route to host") == 2 and "tensorboard failed, the run goes on without it" in said and "the upload to the Hub failed" in said and (done.path/"controlnet").is_dir()
-    with pytest.raises(ConfigError, match="push_to_hub needs hub_model_id"): TrainConfig.make(push_to_hub=True)
+
+    def away(*a, **kw):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(Accelerator, "log", away)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", away)
+    done = train(
+        TrainConfig.make(
+            **{
+                **quick,
+                "report_to": "tensorboard",
+                "push_to_hub": True,
+                "hub_model_id": "me/mine",
+                "val_pictures": 0,
+                "max_steps": 3,
+            }
+        )
+    )
+    said = capsys.readouterr().out
+    assert (
+        said.count("no route to host") == 2
+        and "tensorboard failed, the run goes on without it" in said
+        and "the upload to the Hub failed" in said
+        and (done.path / "controlnet").is_dir()
+    )
+    with pytest.raises(ConfigError, match="push_to_hub needs hub_model_id"):
+        TrainConfig.make(push_to_hub=True)
     monkeypatch.setattr("masked_ldm.watch.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="needs the package trackio"): train(TrainConfig.make(**{**quick, "out_dir": str(tmp_path/"other"), "report_to": "trackio"}))
+    with pytest.raises(ConfigError, match="needs the package trackio"):
+        train(
+            TrainConfig.make(
+                **{**quick, "out_dir": str(tmp_path / "other"), "report_to": "trackio"}
+            )
+        )
+
 
 def test_a_resumed_run_goes_on_in_the_same_curve_of_its_tracker(tmp_path, quick, monkeypatch):
     from accelerate import Accelerator
+
     from masked_ldm.train import TrainConfig, train
-    got = []; monkeypatch.setattr("masked_ldm.train.check_tracker", lambda name: None); monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, init_kwargs: got.append(init_kwargs)); monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *a: [])
-    given = {**quick, "report_to": "wandb", "val_pictures": 0, "max_steps": 1, "checkpointing_steps": 1}; train(TrainConfig.make(**given)); train(TrainConfig.make(**{**given, "max_steps": 2}, resume="latest")); train(TrainConfig.make(**{**given, "out_dir": str(tmp_path/"other")}))
-    first, again, other = (g["wandb"] for g in got); assert first == again and first["resume"] == "allow" and other["id"] != first["id"] and other["name"] == "other"
-    assert got[0]["trackio"] == got[1]["trackio"] != got[2]["trackio"] and json.loads((tmp_path/"run"/"tracker.json").read_text()) == dict(id=first["id"])
+
+    got = []
+    monkeypatch.setattr("masked_ldm.train.check_tracker", lambda name: None)
+    monkeypatch.setattr(
+        Accelerator,
+        "init_trackers",
+        lambda self, name, config, init_kwargs: got.append(init_kwargs),
+    )
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *a: [])
+    given = {
+        **quick,
+        "report_to": "wandb",
+        "val_pictures": 0,
+        "max_steps": 1,
+        "checkpointing_steps": 1,
+    }
+    train(TrainConfig.make(**given))
+    train(TrainConfig.make(**{**given, "max_steps": 2}, resume="latest"))
+    train(TrainConfig.make(**{**given, "out_dir": str(tmp_path / "other")}))
+    first, again, other = (g["wandb"] for g in got)
+    assert (
+        first == again
+        and first["resume"] == "allow"
+        and other["id"] != first["id"]
+        and other["name"] == "other"
+    )
+    assert got[0]["trackio"] == got[1]["trackio"] != got[2]["trackio"] and json.loads(
+        (tmp_path / "run" / "tracker.json").read_text()
+    ) == dict(id=first["id"])
+
 
 def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypatch, capsys):
     from PIL import Image
+
     from masked_ldm.train import TrainConfig, Trainer
-    tr = Trainer(TrainConfig.make(**{**quick, "val_pictures": 0}), tmp_path/"run")
-    def full(self, path, **kw): raise OSError(28, "No space left on device")
+
+    tr = Trainer(TrainConfig.make(**{**quick, "val_pictures": 0}), tmp_path / "run")
+
+    def full(self, path, **kw):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(Image.Image, "save", full)
-    for _ in range(2): assert tr.may_fail("the sample grid", tr.grid) is None
-    said = capsys.readouterr().out.strip().splitlines(); assert said[-1] == f"the sample grid failed, the run goes on without it: OSError: {tmp_path/'run'/'samples'/'step_000000.png'} cannot be written (No space left on device)" and sum("sample grid" in l for l in said) == 1
+    for _ in range(2):
+        assert tr.may_fail("the sample grid", tr.grid) is None
+    said = capsys.readouterr().out.strip().splitlines()
+    assert (
+        said[-1]
+        == f"the sample grid failed, the run goes on without it: OSError: {tmp_path / 'run' / 'samples' / 'step_000000.png'} cannot be written (No space left on device)"
+        and sum("sample grid" in l for l in said) == 1
+    )
+
 
 def test_the_upload_holds_what_is_needed(tmp_path, monkeypatch):
     import huggingface_hub
+
     from masked_ldm.watch import push_to_hub
-    got = {}; monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, exist_ok: got.update(repo=repo)); monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **kw: got.update(kw) or "https://hf.co/me/mine")
-    assert push_to_hub(tmp_path, "me/mine") == "https://hf.co/me/mine" and got["repo_id"] == "me/mine" and "controlnet/*" in got["allow_patterns"] and "README.md" in got["allow_patterns"] and not any("checkpoint" in p for p in got["allow_patterns"])
+
+    got = {}
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo, exist_ok: got.update(repo=repo)
+    )
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "upload_folder",
+        lambda self, **kw: got.update(kw) or "https://hf.co/me/mine",
+    )
+    assert (
+        push_to_hub(tmp_path, "me/mine") == "https://hf.co/me/mine"
+        and got["repo_id"] == "me/mine"
+        and "controlnet/*" in got["allow_patterns"]
+        and "README.md" in got["allow_patterns"]
+        and not any("checkpoint" in p for p in got["allow_patterns"])
+    )
+
 
 def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
     from masked_ldm.train import TrainConfig, train
-    kw = {**quick, "max_steps": 4, "val_pictures": 2, "use_ema": True, "ema_decay": .5, "validation_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1}; whole = train(TrainConfig.make(**kw))
-    half = {**kw, "out_dir": str(tmp_path/"half")}; train(TrainConfig.make(**{**half, "max_steps": 3})); rest = train(TrainConfig.make(**half, resume="latest"))   # 3: after a judgement, before the next
-    a, b = weights(whole.path), weights(rest.path); assert all(torch.equal(a[k], b[k]) for k in a)   # the average went on too
-    last = load_file(sorted((whole.path/"checkpoints").iterdir())[-1]/"controlnet"/"diffusion_pytorch_model.safetensors"); assert any(not torch.equal(a[k], last[k]) for k in a)   # saved: the average; kept to go on: the weights
-    scores = {r["step"]: r["validation"]["score"] for r in whole.history if "validation" in r}; assert sorted(scores) == [2, 4]; best = min(scores, key=scores.get)
-    assert json.loads((whole.path/"metrics.json").read_text())["best"]["step"] == best and {p.name for p in (whole.path/"checkpoints").iterdir()} == {f"step_{best:06d}", "step_000004"}
-    assert [r for r in rest.history if "validation" in r] == [r for r in whole.history if "validation" in r] and "averaged with decay 0.5" in (whole.path/"README.md").read_text()
+
+    kw = {
+        **quick,
+        "max_steps": 4,
+        "val_pictures": 2,
+        "use_ema": True,
+        "ema_decay": 0.5,
+        "validation_steps": 2,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 1,
+    }
+    whole = train(TrainConfig.make(**kw))
+    half = {**kw, "out_dir": str(tmp_path / "half")}
+    train(TrainConfig.make(**{**half, "max_steps": 3}))
+    rest = train(TrainConfig.make(**half, resume="latest"))  # 3: after a judgement, before the next
+    a, b = weights(whole.path), weights(rest.path)
+    assert all(torch.equal(a[k], b[k]) for k in a)  # the average went on too
+    last = load_file(
+        sorted((whole.path / "checkpoints").iterdir())[-1]
+        / "controlnet"
+        / "diffusion_pytorch_model.safetensors"
+    )
+    assert any(
+        not torch.equal(a[k], last[k]) for k in a
+    )  # saved: the average; kept to go on: the weights
+    scores = {r["step"]: r["validation"]["score"] for r in whole.history if "validation" in r}
+    assert sorted(scores) == [2, 4]
+    best = min(scores, key=scores.get)
+    assert json.loads((whole.path / "metrics.json").read_text())["best"]["step"] == best and {
+        p.name for p in (whole.path / "checkpoints").iterdir()
+    } == {f"step_{best:06d}", "step_000004"}
+    assert [r for r in rest.history if "validation" in r] == [
+        r for r in whole.history if "validation" in r
+    ] and "averaged with decay 0.5" in (whole.path / "README.md").read_text()
+
 
 def test_one_folder_one_run(tmp_path, quick):
     from masked_ldm.checkpoint import lock, unlock
-    (tmp_path/"run").mkdir(); lock(tmp_path/"run")
-    try: code, text = run(sys.executable, "-m", "masked_ldm.train", *(f"--{k}={v}" for k, v in quick.items()), OMP_NUM_THREADS="1")
-    finally: unlock(tmp_path/"run")
-    assert code == 1 and text.strip().splitlines()[-1] == f"masked-ldm-train: run folder {tmp_path/'run'} is in use by process {os.getpid()}", text
+
+    (tmp_path / "run").mkdir()
+    lock(tmp_path / "run")
+    try:
+        code, text = run(
+            sys.executable,
+            "-m",
+            "masked_ldm.train",
+            *(f"--{k}={v}" for k, v in quick.items()),
+            OMP_NUM_THREADS="1",
+        )
+    finally:
+        unlock(tmp_path / "run")
+    assert (
+        code == 1
+        and text.strip().splitlines()[-1]
+        == f"masked-ldm-train: run folder {tmp_path / 'run'} is in use by process {os.getpid()}"
+    ), text
+
 
 def test_a_dead_data_worker_is_said_in_one_sentence(whole, tmp_path):
     "B20: the news arrive by a signal, wherever the run is."
-    given, _ = whole; given = {**given, "out_dir": tmp_path/"run", "max_steps": 400, "sample_interval": 10**6, "dataloader_num_workers": 1}; p = start(*flags(given)); wait_for(lambda: steps_done(tmp_path/"run") >= 2)
-    children = [int(c) for c in open(f"/proc/{p.pid}/task/{p.pid}/children").read().split()]; assert children; os.kill(children[-1], signal.SIGKILL); text = p.communicate(timeout=120)[0]
-    last = text.strip().splitlines()[-1]; assert p.returncode == 1 and last.startswith("masked-ldm-train: a data worker died") and "resume=latest" in last, text
+    given, _ = whole
+    given = {
+        **given,
+        "out_dir": tmp_path / "run",
+        "max_steps": 400,
+        "sample_interval": 10**6,
+        "dataloader_num_workers": 1,
+    }
+    p = start(*flags(given))
+    wait_for(lambda: steps_done(tmp_path / "run") >= 2)
+    children = [int(c) for c in open(f"/proc/{p.pid}/task/{p.pid}/children").read().split()]
+    assert children
+    os.kill(children[-1], signal.SIGKILL)
+    text = p.communicate(timeout=120)[0]
+    last = text.strip().splitlines()[-1]
+    assert (
+        p.returncode == 1
+        and last.startswith("masked-ldm-train: a data worker died")
+        and "resume=latest" in last
+    ), text
+
 
 def test_a_full_disk_is_named_and_the_state_saved(tmp_path, quick, monkeypatch):
     from masked_ldm import train as module
+
     class Full:
-        def __init__(self, f): self.f, self.n = f, 0
+        def __init__(self, f):
+            self.f, self.n = f, 0
+
         def write(self, s):
             self.n += 1
-            if self.n == 3: raise OSError(28, "No space left on device")
+            if self.n == 3:
+                raise OSError(28, "No space left on device")
             self.f.write(s)
-        def flush(self): self.f.flush()
-    loop = module.Trainer.loop; monkeypatch.setattr(module.Trainer, "loop", lambda self, log, grids: loop(self, Full(log), grids))
-    with pytest.raises(OSError, match="metrics.jsonl cannot be written .No space left on device.; the state is saved in .*step_000003"): module.train(module.TrainConfig.make(**{**quick, "val_pictures": 0, "checkpointing_steps": 100}))
-    assert (tmp_path/"run"/"checkpoints"/"step_000003").is_dir()
+
+        def flush(self):
+            self.f.flush()
+
+    loop = module.Trainer.loop
+    monkeypatch.setattr(
+        module.Trainer, "loop", lambda self, log, grids: loop(self, Full(log), grids)
+    )
+    with pytest.raises(
+        OSError,
+        match="metrics.jsonl cannot be written .No space left on device.; the state is saved in .*step_000003",
+    ):
+        module.train(
+            module.TrainConfig.make(**{**quick, "val_pictures": 0, "checkpointing_steps": 100})
+        )
+    assert (tmp_path / "run" / "checkpoints" / "step_000003").is_dir()
