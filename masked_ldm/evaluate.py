@@ -15,14 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .compare import interval, worst
-from .critics import world_arrays
-from .data import PersonDataset
-from .distances import critic_features, inception, reference
-from .judges import format_metrics, judge_runs, load_network
-from .pairs import distance_pairs, distance_table, measure_pairs
-from .people import VAL_ID, VAL_PEOPLE, captions, sample_scene
-from masked_ldm.people_metrics import (
+from .data.dataset import PersonDataset
+from .evaluation.fid import critic_features, inception, reference
+from .evaluation.one_step_metrics import format_metrics, judge_runs
+from .evaluation.pairs import distance_pairs, distance_table, measure_pairs
+from masked_ldm.evaluation.people_metrics import (
     PhotoReader,
     WorldReader,
     clip_score,
@@ -31,9 +28,14 @@ from masked_ldm.people_metrics import (
     measures,
     people_in_caption,
 )
-from .report import command, format_report, paper_row, provenance, run_settings, table1
+from .evaluation.report import command, format_report, paper_row, run_settings, table1
+from .evaluation.statistics import interval, worst
+from .provenance import provenance
 from .sample import PROMPTS, compare_grid, find_run, load_models, picture_set
-from .show import as_pil, picture_grid
+from .toy.networks import world_arrays
+from .toy.scenes import VAL_ID, VAL_PEOPLE, captions, sample_scene
+from .training.networks import load_network
+from .viz import image_grid, to_pil
 
 # %% ../nbs/06_evaluate.ipynb #abd25f02
 PROTOCOLS = dict(
@@ -89,9 +91,9 @@ def held_out(
         n_ref, left
     )  # fewer pictures that nobody was trained on are better than many that the branch knows
     ref = (
-        [as_pil(val[n + i]["pixels"]) for i in range(m)]
+        [to_pil(val[n + i]["pixels"]) for i in range(m)]
         if rest
-        else [as_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
+        else [to_pil(train[i]["pixels"]) for i in range(min(n_ref, len(train)))]
     )
     want = [np.nan if (k := people_in_caption(r["caption"])) is None else k for r in rows]
     said = (
@@ -104,7 +106,7 @@ def held_out(
         [r["caption"] for r in rows],
         np.array(want, float),
         None,
-        [as_pil(r["pixels"]) for r in rows],
+        [to_pil(r["pixels"]) for r in rows],
         ref,
         said,
     )
@@ -322,7 +324,7 @@ def failures(
     )
     pick = worst(values[by], k) if by else list(range(min(k, len(prompts))))
     return (
-        picture_grid(
+        image_grid(
             [[v[i] for i in pick] for v in pictures.values()],
             list(pictures),
             [prompts[i] for i in pick],

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import roi_align
 
 from .as_it_goes import as_it_goes
-from .faces import detect_faces
+from .data.faces import detect_faces
 
 # %% ../nbs/04_face_loss.ipynb #e2e8533e
 _all_ = ["detect_faces"]

@@ -26,7 +26,7 @@ from diffusers import (
 from fastcore.basics import patch
 
 from .models import BASES, ControlledUNet, load_base, load_branch
-from .show import picture_grid, progress
+from .viz import image_grid, progress
 
 # %% ../nbs/07_sample.ipynb #8e1b06d8
 def find_run(path):  # run folder, or Hub id of one
@@ -207,7 +207,7 @@ def compare_grid(
 ):  # PIL image
     "The same prompts and noise through several models."
     rows = [sample(p, prompts, seed, **kw) for p in models.values()]
-    return picture_grid(rows, list(models), prompts, scale or (2 if rows[0][0].width <= 128 else 1))
+    return image_grid(rows, list(models), prompts, scale or (2 if rows[0][0].width <= 128 else 1))
 
 # %% ../nbs/07_sample.ipynb #4d05f2b2
 class before_after:

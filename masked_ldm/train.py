@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .config import ConfigError, TrainConfig, told
+from .training.config import ConfigError, TrainConfig, told
 
 # %% ../nbs/05_train.ipynb #41c3ec54
 import torch
@@ -36,9 +36,19 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
-from .budget import OutOfMemory, advice, announced, is_out_of_memory
-from .cache import LatentCache, build_cache, cache_folder
-from masked_ldm.checkpoint import (
+from .data.dataset import PersonDataset, batch_keys, collate
+from .data.latent_cache import LatentCache, build_cache, cache_folder
+from .data.manifest import MANIFEST_VERSION, build_manifest
+from .evaluation.one_step_metrics import compare, format_metrics
+from .face_loss import FaceLoss
+from .masked_lpips import MaskedLPIPS
+from .models import BASES, ControlledUNet, load_base, make_branch
+from .objective import MaskAwareObjective, check_gradients, warm_up
+from .one_step import predict_x0, target
+from .sample import PROMPTS, MaskedLDMPipeline, sample
+from .toy.scenes import WORLD_VERSION, write_world
+from .training.budget import OutOfMemory, advice, announced, is_out_of_memory
+from masked_ldm.training.checkpoint import (
     Stopped,
     forget_locks,
     latest_checkpoint,
@@ -48,20 +58,8 @@ from masked_ldm.checkpoint import (
     stop_requests,
     unlock,
 )
-from .data import MANIFEST_VERSION, PersonDataset, batch_keys, build_manifest, collate
-from .face_loss import FaceLoss
-from .judges import compare, format_metrics, judge_of_faces, judge_of_people, load_network
-from .masked_lpips import MaskedLPIPS
-from .models import BASES, ControlledUNet, load_base, make_branch
-from .objective import MaskAwareObjective, check_gradients, warm_up
-from .one_step import predict_x0, target
-from .people import WORLD_VERSION, write_world
-from .sample import PROMPTS, MaskedLDMPipeline, sample
-from .sharded import Whole, sharding
-from .show import picture_grid, progress
-from .speed import capped, compiled, dealt, make_optimizer, set_up, stratified_timesteps
-from masked_ldm.watch import (
-    Unimportant,
+from masked_ldm.training.logging import (
+    BestEffort,
     check_tracker,
     model_card,
     plot_history,
@@ -70,6 +68,17 @@ from masked_ldm.watch import (
     push_to_hub,
     summarise,
 )
+from .training.networks import judge_of_faces, judge_of_people, load_network
+from masked_ldm.training.optimizer import (
+    capped,
+    compiled,
+    dealt,
+    make_optimizer,
+    set_up,
+    stratified_timesteps,
+)
+from .training.sharded import Whole, sharding
+from .viz import image_grid, progress
 
 # %% ../nbs/05_train.ipynb #b916722a
 def _on_cpu():
@@ -282,7 +291,7 @@ class Trainer:
             branch, make_optimizer([p for p in branch.parameters() if p.requires_grad], c)
         )
         self.model = compiled(c, ControlledUNet(self.base.unet, self.branch))
-        self.may_fail = Unimportant(self.acc.print)
+        self.may_fail = BestEffort(self.acc.print)
         if c.use_ema:
             self.ema = EMAModel(
                 [p for p in self.bare.parameters() if p.requires_grad], decay=c.ema_decay
@@ -603,7 +612,7 @@ def grid(self: Trainer):
     out = self.path / "samples" / f"step_{self.step_done:06d}.png"
     try:
         out.parent.mkdir(exist_ok=True)
-        picture_grid(
+        image_grid(
             [self.base_pictures, ours], ["base", "ours"], prompts, 2 if c.size <= 128 else 1
         ).save(out)
         return out

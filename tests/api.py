@@ -28,8 +28,8 @@ def modules():
                 "#" + known[f"{full}.{name}"][0].split("#")[1] if f"{full}.{name}" in known else ""
             )
 
-        out[full.split(".")[1]] = dict(
-            notebook=re.search(r"File to edit: \.\./nbs/(.+\.ipynb)", text)[1],
+        out[full.partition(".")[2]] = dict(
+            notebook=re.search(r"File to edit: (?:\.\./)+nbs/(.+\.ipynb)", text)[1],
             says=ast.get_docstring(tree),
             names={n: anchor(n) for n in names},
         )
@@ -40,8 +40,8 @@ HEAD = """# Reference: modules and their names
 
 > Each module is one notebook; its page is the reference, with every name explained, used and tested where it is defined.
 
-Whatever is listed here is public: `from masked_ldm.MODULE import NAME`. Commands, and what they call: `masked-ldm-data` is [data_command](01k_data_command.ipynb), `masked-ldm-train` [train](05_train.ipynb), `masked-ldm-eval` [evaluate](06_evaluate.ipynb),
-`masked-ldm-sample` [sample](07_sample.ipynb), `masked-ldm-study` [study](08_study.ipynb). This page is made by `tests/api.py`.
+Whatever is listed here is public: `from masked_ldm.MODULE import NAME`. Commands, and what they call: `masked-ldm-data` is [data.command](data/12_command.ipynb), `masked-ldm-train` [train](05_train.ipynb), `masked-ldm-eval` [evaluate](06_evaluate.ipynb),
+`masked-ldm-sample` [sample](07_sample.ipynb), `masked-ldm-study` [study.app](study/02_app.ipynb). This page is made by `tests/api.py`.
 """
 
 
@@ -52,7 +52,8 @@ def api():
         links = ", ".join(
             f"[`{n}`]({m['notebook']}{a})" if a else f"`{n}`" for n, a in m["names"].items()
         )
-        out.append(f"## {name}\n\n[{m['notebook']}]({m['notebook']}): {m['says']}\n\n{links}\n")
+        says = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", m["says"])  # its links start elsewhere
+        out.append(f"## {name}\n\n[{m['notebook']}]({m['notebook']}): {says}\n\n{links}\n")
     return "\n".join(out)
 
 

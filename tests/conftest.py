@@ -68,7 +68,7 @@ def train_by_two(given):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     "A small built-in world on disk."
-    from masked_ldm.people import write_world
+    from masked_ldm.toy.scenes import write_world
 
     return write_world(tmp_path_factory.mktemp("data") / "world", 64, 12)
 

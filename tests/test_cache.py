@@ -19,10 +19,11 @@ from safetensors.torch import load, load_file
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     "(manifest, cache folder) of a small world."
-    from masked_ldm.cache import build_cache
-    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import build_cache
+    from masked_ldm.data.manifest import build_manifest
     from masked_ldm.models import load_base
-    from masked_ldm.people import write_world
+    from masked_ldm.toy.scenes import write_world
 
     tmp = tmp_path_factory.mktemp("cache")
     manifest = build_manifest(write_world(tmp / "world", 32, 4), "train")
@@ -32,8 +33,8 @@ def made(tmp_path_factory):
 
 BUILD = """
 import sys
-from masked_ldm.cache import build_cache
-from masked_ldm.data import PersonDataset
+from masked_ldm.data.latent_cache import build_cache
+from masked_ldm.data.dataset import PersonDataset
 from masked_ldm.models import load_base
 i, n = map(int, sys.argv[3].split("/"))
 try: print(len(build_cache(PersonDataset(sys.argv[1], 64), load_base(), sys.argv[2], rows=8, shard=(i, n), workers=int(sys.argv[4]))))
@@ -95,8 +96,8 @@ def test_no_room(made, tmp_path, monkeypatch):
     "Not enough space is said before anything is encoded; a disk that fills up names the shard and leaves no rubbish."
     import shutil
 
-    from masked_ldm.cache import build_cache
-    from masked_ldm.data import PersonDataset
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import build_cache
     from masked_ldm.models import load_base
 
     manifest, _ = made
@@ -136,8 +137,8 @@ def test_no_room(made, tmp_path, monkeypatch):
 def test_hurt_shard_is_made_again(made, tmp_path, hurt):
     import shutil
 
-    from masked_ldm.cache import build_cache
-    from masked_ldm.data import PersonDataset
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import build_cache
     from masked_ldm.models import load_base
 
     manifest, whole = made
@@ -163,8 +164,8 @@ def test_hurt_shard_is_made_again(made, tmp_path, hurt):
 def test_another_version_crop_or_caption_is_made_again(made, tmp_path, monkeypatch):
     import shutil
 
-    from masked_ldm import cache
-    from masked_ldm.data import PersonDataset
+    from masked_ldm.data import latent_cache as cache
+    from masked_ldm.data.dataset import PersonDataset
     from masked_ldm.models import load_base
 
     manifest, whole = made
@@ -194,8 +195,8 @@ def test_another_version_crop_or_caption_is_made_again(made, tmp_path, monkeypat
 
 
 def test_missing_picture_is_named(made, tmp_path):
-    from masked_ldm.cache import build_cache
-    from masked_ldm.data import PersonDataset
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import build_cache
     from masked_ldm.models import load_base
 
     ds = PersonDataset(made[0], 64)
@@ -207,8 +208,8 @@ def test_missing_picture_is_named(made, tmp_path):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_the_same(made, context):
     "Also when the file is already open in the parent."
-    from masked_ldm.cache import LatentCache
-    from masked_ldm.data import PersonDataset, batch_keys, collate
+    from masked_ldm.data.dataset import PersonDataset, batch_keys, collate
+    from masked_ldm.data.latent_cache import LatentCache
 
     ds = PersonDataset(made[0], 64, cache=LatentCache(made[1]))
     keys = list(batch_keys(len(ds), 4, 0, 0, 7))
@@ -320,7 +321,7 @@ def test_mirrored_sample_is_the_mirrored_picture(crop, size):
     import numpy as np
     from PIL import Image
 
-    from masked_ldm.data import transform
+    from masked_ldm.data.dataset import transform
 
     rng = np.random.default_rng(0)
     w, h = size
@@ -336,8 +337,8 @@ def test_mirrored_sample_is_the_mirrored_picture(crop, size):
 
 def test_a_second_pass_leaves_the_first_alone(made, tmp_path):
     "What a process that lives, or one of another machine, has half written stays; what a dead one left goes."
-    from masked_ldm.cache import build_cache
-    from masked_ldm.data import PersonDataset
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import build_cache
     from masked_ldm.models import load_base
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -362,8 +363,9 @@ def test_a_second_pass_leaves_the_first_alone(made, tmp_path):
 
 def test_cache_of_something_else_is_refused(made, tmp_path):
     "Another size, crop, split, order, or number of captions: at the door, also when it is put in later."
-    from masked_ldm.cache import LatentCache
-    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import LatentCache
+    from masked_ldm.data.manifest import build_manifest
 
     manifest, cache = made[0], LatentCache(made[1])
     for kw, said in (
@@ -425,10 +427,11 @@ def test_shards_are_not_packed_from_a_cache_that_is_not_theirs(tmp_path, capsys,
     "`masked-ldm-data shard --cached` holds the cache against pictures and weights before it packs it."
     import shutil
 
-    from masked_ldm.data import PersonDataset, build_manifest
-    from masked_ldm.data_command import main
+    from masked_ldm.data.command import main
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.manifest import build_manifest
     from masked_ldm.models import BASES
-    from masked_ldm.people import write_world
+    from masked_ldm.toy.scenes import write_world
 
     shutil.copytree(BASES["tiny"], tmp_path / "tiny")
     out = tmp_path / "people"
@@ -458,8 +461,8 @@ def test_shards_are_not_packed_from_a_cache_that_is_not_theirs(tmp_path, capsys,
 
 def test_manifest_is_written_under_a_name_of_its_own(tmp_path, monkeypatch):
     "Two builds at once do not write into each other's files, and one that breaks off leaves the old manifest and no rubbish."
-    from masked_ldm import data
-    from masked_ldm.people import write_world
+    from masked_ldm.data import manifest as data
+    from masked_ldm.toy.scenes import write_world
 
     world = write_world(tmp_path / "world", 8, 4)
     out = tmp_path / "out"

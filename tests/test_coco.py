@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not COCO_ROOT, reason="MASKED_LDM_COCO names no 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    from masked_ldm.data import build_manifest
+    from masked_ldm.data.manifest import build_manifest
 
     tmp = tmp_path_factory.mktemp("manifests")
     return {s: build_manifest(COCO_ROOT, s, tmp / s) for s in ("train", "val")}
@@ -24,7 +24,7 @@ def built(tmp_path_factory):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_counts_are_pycocotools_own(split, built):
-    from masked_ldm.data import load_manifest
+    from masked_ldm.data.manifest import load_manifest
 
     rows, info = load_manifest(built[split])
     coco = COCO(f"{COCO_ROOT}/annotations/instances_{split}2017.json")
@@ -55,7 +55,7 @@ def test_counts_are_pycocotools_own(split, built):
 
 def test_faces_sit_on_noses(built):
     "Nearly every detected face holds a nose that COCO has marked, and then the same person's marked eyes too."
-    from masked_ldm.data import load_manifest
+    from masked_ldm.data.manifest import load_manifest
 
     rows, info = load_manifest(built["train"])
     faces = noses = eyes = 0
@@ -79,7 +79,7 @@ def test_faces_sit_on_noses(built):
 
 
 def test_geometry_on_photographs(built):
-    from masked_ldm.data import PersonDataset, collate
+    from masked_ldm.data.dataset import PersonDataset, collate
 
     ds = PersonDataset(built["train"], 128)
     b = collate([ds[(0, i)] for i in range(len(ds))])
@@ -134,9 +134,9 @@ def test_a_run_on_photographs(tmp_path):
 @pytest.mark.parametrize("area_rule", ["union", "sum"])
 @pytest.mark.parametrize("crowd", ["ignore", "drop"])
 def test_counts_per_rule_are_pycocotools_own(split, area_rule, crowd):
-    from masked_ldm.subset import Rule, select_pictures
+    from masked_ldm.data.filtering import FilterRule, select_images
 
-    rows, report = select_pictures(COCO_ROOT, split, Rule(0.05, area_rule, crowd=crowd))
+    rows, report = select_images(COCO_ROOT, split, FilterRule(0.05, area_rule, crowd=crowd))
     coco = COCO(f"{COCO_ROOT}/annotations/instances_{split}2017.json")
     person = coco.getCatIds(["person"])
     want, kept = {}, set()
@@ -174,7 +174,7 @@ def test_counts_per_rule_are_pycocotools_own(split, area_rule, crowd):
 
 
 def test_calibration_keeps_what_is_wanted():
-    from masked_ldm.subset import Rule, calibrate_min_area, select_pictures
+    from masked_ldm.data.filtering import FilterRule, calibrate_min_area, select_images
 
     for area_rule in ("union", "sum"):
         for k, v in calibrate_min_area(COCO_ROOT, dict(train=20, val=7), area_rule).items():
@@ -182,5 +182,5 @@ def test_calibration_keeps_what_is_wanted():
             assert (
                 v["kept"]
                 == v["wanted"]
-                == len(select_pictures(COCO_ROOT, k, Rule(v["min_area"], area_rule))[0])
+                == len(select_images(COCO_ROOT, k, FilterRule(v["min_area"], area_rule))[0])
             )

@@ -26,7 +26,7 @@ def _main(main, args):
 
 
 def cli(*args):
-    from masked_ldm.data_command import main
+    from masked_ldm.data.command import main
 
     return _main(main, args)
 
@@ -181,11 +181,11 @@ REFUSED = dict(
 @pytest.mark.parametrize("what", REFUSED)
 def test_annotations_that_cannot_be_are_refused(what, spoil):
     "B14: file and id are named."
-    from masked_ldm.subset import select_pictures
+    from masked_ldm.data.filtering import select_images
 
     change, kind, said = REFUSED[what]
     with pytest.raises(ValueError) as e:
-        select_pictures(spoil(change, kind), "val")
+        select_images(spoil(change, kind), "val")
     assert (
         said in str(e.value) and f"{kind}_val2017.json" in str(e.value) and "\n" not in str(e.value)
     )
@@ -238,7 +238,7 @@ BAD_MASKS = dict(
 @pytest.mark.parametrize("what", BAD_MASKS)
 def test_a_mask_that_cannot_be_is_skipped_and_named(what, spoil, files):
     "B13: the picture's other people stay, the annotation is named with its file."
-    from masked_ldm.subset import Rule, select_pictures
+    from masked_ldm.data.filtering import FilterRule, select_images
 
     counts = Counter(a["image_id"] for a in files["instances"]["annotations"])
     image = next(i for i, n in counts.items() if n >= 2)
@@ -248,7 +248,7 @@ def test_a_mask_that_cannot_be_is_skipped_and_named(what, spoil, files):
             a.update(segmentation=BAD_MASKS[what]) for a in d["annotations"] if a["id"] == ids[0]
         ]
     )
-    rows, report = select_pictures(root, "val", Rule(0.0))
+    rows, report = select_images(root, "val", FilterRule(0.0))
     assert [(b["file"], b["annotation"]) for b in report["bad_annotations"]] == [
         ("instances_val2017.json", ids[0])
     ] and report["bad_annotations"][0]["wrong"]
@@ -274,7 +274,7 @@ ODD = dict(
 @pytest.mark.parametrize("what", ODD)
 def test_what_is_replaced_or_left_out_is_named(what, spoil, files):
     "The person stays; what could not be used of its annotation is listed, and in the manifest nothing of it is left."
-    from masked_ldm.data import build_manifest, load_manifest
+    from masked_ldm.data.manifest import build_manifest, load_manifest
 
     change, said = ODD[what]
     k = first(files["instances"])["id"]
@@ -301,7 +301,7 @@ def test_what_is_replaced_or_left_out_is_named(what, spoil, files):
 
 def test_every_reason_is_counted(spoil):
     "Each picture is kept, or dropped under one reason."
-    from masked_ldm.subset import Rule, select_pictures
+    from masked_ldm.data.filtering import FilterRule, select_images
 
     def change(d):
         own = {}
@@ -329,7 +329,7 @@ def test_every_reason_is_counted(spoil):
     licence = json.loads((root / "annotations" / "instances_val2017.json").read_text())["licenses"][
         0
     ]["name"]
-    rows, report = select_pictures(root, "val", Rule(0.01, licenses=(licence,)))
+    rows, report = select_images(root, "val", FilterRule(0.01, licenses=(licence,)))
     assert (
         report["dropped"]
         == {
@@ -348,7 +348,7 @@ def test_a_hash_of_the_content_does_not_know_folders(world, tmp_path):
     "The manifest's content hash is that of all its rows with bare file names, wherever it lies."
     import hashlib
 
-    from masked_ldm.data import build_manifest, load_manifest
+    from masked_ldm.data.manifest import build_manifest, load_manifest
 
     infos = []
     for out in (tmp_path / "a", tmp_path / "b" / "c"):
@@ -427,7 +427,7 @@ def test_a_picture_in_both_splits(world, tmp_path):
 
 def test_smaller_than_a_batch_and_nothing_left(world, tmp_path):
     "B19: an error before the first step, through Python, masked-ldm-data and masked-ldm-train, on a COCO root and on manifests."
-    from masked_ldm.data import build_manifest
+    from masked_ldm.data.manifest import build_manifest
 
     with pytest.raises(ValueError, match="is left after filtering"):
         build_manifest(world, "val", tmp_path / "none", min_area=1.0)
@@ -577,7 +577,7 @@ def test_calibrate(world):
 
 def test_calibration_counts_what_the_rule_keeps(tmp_path):
     "1,500 pictures of 640 x 480 whose shares lie between .045 and .05, closer together than a share rounded to six places tells apart."
-    from masked_ldm.subset import Rule, calibrate_min_area, select_pictures
+    from masked_ldm.data.filtering import FilterRule, calibrate_min_area, select_images
 
     rng = np.random.default_rng(0)
     areas = rng.choice(
@@ -615,7 +615,9 @@ def test_calibration_counts_what_the_rule_keeps(tmp_path):
         (tmp_path / "annotations" / f"{kind}_val2017.json").write_text(json.dumps(d))
     for n in (1, 28, 29, 30, 700, 1499, 1500):
         v = calibrate_min_area(tmp_path, dict(val=n))["val"]
-        assert v["kept"] == n == len(select_pictures(tmp_path, "val", Rule(v["min_area"]))[0]), v
+        assert (
+            v["kept"] == n == len(select_images(tmp_path, "val", FilterRule(v["min_area"]))[0])
+        ), v
 
 
 def test_faces_by_shares_are_the_faces_at_once(people, tmp_path):
@@ -662,7 +664,7 @@ def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
         "none",
     )
     assert code == 0 and "are read from" in text and "were made" not in text, text
-    from masked_ldm.stream import StreamDataset
+    from masked_ldm.data.tar_shards import StreamDataset
 
     for k in (0, 1):
         code, text = cli(
@@ -746,14 +748,14 @@ def test_help_tells_every_setting(command):
     "Every flag says what it is, and the rule's are those of Python."
     from dataclasses import fields
 
-    from masked_ldm.data_command import make_parser
-    from masked_ldm.subset import Rule
+    from masked_ldm.data.command import make_parser
+    from masked_ldm.data.filtering import FilterRule
 
     sub = make_parser()._subparsers._group_actions[0].choices[command]
     flags = {a.dest for a in sub._actions}
     assert all(a.help for a in sub._actions), [a.dest for a in sub._actions if not a.help]
     if command in ("build", "faces", "download"):
-        assert {f.name for f in fields(Rule)} <= flags | (
+        assert {f.name for f in fields(FilterRule)} <= flags | (
             {"min_faces"} if command == "download" else set()
         )
     assert not any("None:" in a.help for a in sub._actions)  # Python's way to say it
@@ -767,7 +769,7 @@ def test_exit_codes_of_a_process(world, tmp_path):
         (("check", tmp_path), 1, "has no manifest"),
         (("build", tmp_path, "--min_area", "2"), 2, "min_area must be a share"),
     ):
-        code, text = run(sys.executable, "-m", "masked_ldm.data_command", *args)
+        code, text = run(sys.executable, "-m", "masked_ldm.data.command", *args)
         assert (
             code == want
             and last(text).startswith("masked-ldm-data")

@@ -96,11 +96,14 @@ def served(world, tmp_path):
 
 
 def download(s, root, split="val", **kw):
-    from masked_ldm.download import download_pictures
-    from masked_ldm.subset import Rule
+    from masked_ldm.data.download import download_images
+    from masked_ldm.data.filtering import FilterRule
 
-    return download_pictures(
-        root, split, Rule(0.0), **dict(dict(mirror=s.url, retries=2, wait=0.01, timeout=5), **kw)
+    return download_images(
+        root,
+        split,
+        FilterRule(0.0),
+        **dict(dict(mirror=s.url, retries=2, wait=0.01, timeout=5), **kw),
     )
 
 
@@ -120,14 +123,14 @@ def leftovers(root):
 
 
 def test_only_what_the_rule_keeps_comes_and_comes_once(served):
-    from masked_ldm.download import download_pictures
-    from masked_ldm.subset import Rule, select_pictures
+    from masked_ldm.data.download import download_images
+    from masked_ldm.data.filtering import FilterRule, select_images
 
     s, root = served
-    rule = Rule(0.2)
-    want = {r["file_name"] for r in select_pictures(root, "val", rule)[0]}
+    rule = FilterRule(0.2)
+    want = {r["file_name"] for r in select_images(root, "val", rule)[0]}
     how = dict(mirror=s.url, retries=0)
-    r = download_pictures(root, "val", rule, **how)
+    r = download_images(root, "val", rule, **how)
     assert (
         set(names(root)) == want
         and 0 < len(want) < 12
@@ -137,9 +140,9 @@ def test_only_what_the_rule_keeps_comes_and_comes_once(served):
         and not leftovers(root)
     )
     s.asked.clear()
-    r = download_pictures(root, "val", rule, **how)
+    r = download_images(root, "val", rule, **how)
     assert (r["fetched"], r["there"], r["bytes"], s.asked) == (0, len(want), 0, [])
-    r = download_pictures(root, "val", Rule(0.0), **how)
+    r = download_images(root, "val", FilterRule(0.0), **how)
     assert r["there"] == len(want) and r["fetched"] == r["wanted"] - len(want)
     assert json.loads((root / "download-val.json").read_text()) == r
 
@@ -187,7 +190,7 @@ def test_what_passes_is_waited_out(moods, served):
 
 
 def test_retry_after_is_obeyed(served, monkeypatch):
-    from masked_ldm import download as d
+    from masked_ldm.data import download as d
 
     s, root = served
     waited = []
@@ -209,7 +212,7 @@ def big(s, n=300_000):
 
 
 def test_a_part_is_gone_on_with(served):
-    from masked_ldm.download import FetchError, fetch
+    from masked_ldm.data.download import FetchError, fetch
 
     s, root = served
     url, whole = big(s)
@@ -242,7 +245,7 @@ def test_a_part_is_gone_on_with(served):
 @pytest.mark.parametrize("heeds", [True, False])
 def test_a_part_of_another_file_is_not_gone_on_with(tags, later, heeds, served):
     "The file at the server is replaced by one of the same length after the first half came; `heeds`: does the server look at If-Range?"
-    from masked_ldm.download import FetchError, fetch
+    from masked_ldm.data.download import FetchError, fetch
 
     s, root = served
     url, whole = big(s)
@@ -260,7 +263,7 @@ def test_a_part_of_another_file_is_not_gone_on_with(tags, later, heeds, served):
 
 
 def test_a_part_of_the_same_file_is(served):
-    from masked_ldm.download import FetchError, fetch
+    from masked_ldm.data.download import FetchError, fetch
 
     s, root = served
     url, whole = big(s)
@@ -282,7 +285,7 @@ def test_a_part_of_the_same_file_is(served):
 @pytest.mark.parametrize("url", ["http://[bad", "http://", "ftp://x/y", "nowhere", "http://a b:x/"])
 def test_an_address_that_is_none_fails_by_name(url, served):
     "Also in an annotation: the other pictures come."
-    from masked_ldm.download import FetchError, fetch
+    from masked_ldm.data.download import FetchError, fetch
 
     s, root = served
     with pytest.raises(FetchError) as e:
@@ -306,7 +309,7 @@ def test_an_address_that_is_none_fails_by_name(url, served):
 @pytest.mark.parametrize("mood", ["no range", "wrong range", None])
 def test_a_part_that_does_not_fit_is_thrown_away(mood, served):
     "A server without Range, one that sends another part, and a part that is longer than the file: the result is whole all the same."
-    from masked_ldm.download import fetch
+    from masked_ldm.data.download import fetch
 
     s, root = served
     url, whole = big(s)
@@ -318,7 +321,7 @@ def test_a_part_that_does_not_fit_is_thrown_away(mood, served):
 
 
 def test_a_wrong_part_fails_its_check_and_is_fetched_anew(served):
-    from masked_ldm.download import fetch
+    from masked_ldm.data.download import fetch
 
     s, root = served
     url, whole = big(s)
@@ -394,14 +397,14 @@ def test_two_at_once_from_nothing(served, tmp_path):
         1,
     )
     p = subprocess.Popen(
-        [sys.executable, "-m", "masked_ldm.data_command", *map(str, args)],
+        [sys.executable, "-m", "masked_ldm.data.command", *map(str, args)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     end = time.time() + 120
-    from masked_ldm.download import download_annotations
+    from masked_ldm.data.download import download_annotations
 
     while not s.asked:
         assert time.time() < end and p.poll() is None
@@ -463,15 +466,15 @@ def test_a_full_disk_is_said(served, tmp_path):
     s, root = served
     code = """
 import builtins, errno, sys
-import masked_ldm.download as d
-from masked_ldm.subset import Rule
+import masked_ldm.data.download as d
+from masked_ldm.data.filtering import FilterRule
 class Full:
     def __init__(self, f): self.f = f
     def __enter__(self): return self
     def __exit__(self, *a): self.f.close()
     def write(self, b): raise OSError(errno.ENOSPC, "No space left on device")
 d.open = lambda p, mode: Full(builtins.open(p, mode))
-try: d.download_pictures(sys.argv[1], "val", Rule(0.), mirror=sys.argv[2], wait=.01)
+try: d.download_images(sys.argv[1], "val", FilterRule(0.), mirror=sys.argv[2], wait=.01)
 except OSError as e: print(e)
 """
     code, text = run(sys.executable, "-c", code, root, s.url)
@@ -485,7 +488,7 @@ except OSError as e: print(e)
 
 
 def cli(*args, **env):
-    return run(sys.executable, "-m", "masked_ldm.data_command", *args, **env)
+    return run(sys.executable, "-m", "masked_ldm.data.command", *args, **env)
 
 
 def test_command_line_from_nothing(served, tmp_path):
@@ -530,7 +533,7 @@ def test_command_line_from_nothing(served, tmp_path):
 
 
 def test_annotations_that_are_there_stay(served, tmp_path):
-    from masked_ldm.download import download_annotations
+    from masked_ldm.data.download import download_annotations
 
     s, _ = served
     root = tmp_path / "new"
@@ -594,7 +597,7 @@ def test_stopped_and_gone_on_with(signum, code, served):
         "0",
     ]
     p = subprocess.Popen(
-        [sys.executable, "-m", "masked_ldm.data_command", *args],
+        [sys.executable, "-m", "masked_ldm.data.command", *args],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

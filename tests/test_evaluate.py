@@ -71,14 +71,14 @@ def test_one_command(tmp_path, monkeypatch):
     ],
 )
 def test_bad_pixels_are_refused(x, said):
-    from masked_ldm.distances import as_uint8
+    from masked_ldm.evaluation.fid import as_uint8
 
     with pytest.raises(ValueError, match=said):
         as_uint8(x)
 
 
 def test_too_few_and_other_weights():
-    from masked_ldm.distances import Features, frechet, kid
+    from masked_ldm.evaluation.fid import Features, frechet, kid
 
     with pytest.raises(ValueError, match="at least 2 pictures"):
         frechet(np.zeros((1, 4)), np.zeros((9, 4)))
@@ -153,7 +153,7 @@ def test_the_report_says_how_it_was_made(tmp_path, monkeypatch):
 
 def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
     "A COCO root: the reference comes from the validation pictures that are left, and from the training pictures, said so, where too few are."
-    from masked_ldm.data import build_manifest
+    from masked_ldm.data.manifest import build_manifest
     from masked_ldm.evaluate import held_out
 
     where, config = (

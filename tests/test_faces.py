@@ -17,13 +17,13 @@ COCO_ROOT = os.environ.get("MASKED_LDM_COCO")
 photographs = pytest.mark.skipif(not COCO_ROOT, reason="MASKED_LDM_COCO names no COCO root")
 
 # ---- many processes, kills, corrupt chunks
-PASS = "import masked_ldm.face_pass as f; f.CHUNK = 6\nfrom masked_ldm.data import build_manifest\nprint(build_manifest({root!r}, 'train', {out!r}, faces='mtcnn', min_face=16, device='cpu', shard={shard!r}))"
+PASS = "import masked_ldm.data.face_pass as f; f.CHUNK = 6\nfrom masked_ldm.data.manifest import build_manifest\nprint(build_manifest({root!r}, 'train', {out!r}, faces='mtcnn', min_face=16, device='cpu', shard={shard!r}))"
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     "A small world of pictures large enough for MTCNN."
-    from masked_ldm.people import write_world
+    from masked_ldm.toy.scenes import write_world
 
     return write_world(tmp_path_factory.mktemp("drawn") / "world", 36, 2, size=128)
 
@@ -112,10 +112,10 @@ def test_killed_and_started_again_is_never_killed(drawn, whole):
     ],
 )
 def test_a_corrupt_chunk_is_made_again_and_said_so(spoil, drawn, whole, monkeypatch, capsys):
-    import masked_ldm.face_pass
-    from masked_ldm.data import build_manifest
+    import masked_ldm.data.face_pass
+    from masked_ldm.data.manifest import build_manifest
 
-    monkeypatch.setattr(masked_ldm.face_pass, "CHUNK", 6)
+    monkeypatch.setattr(masked_ldm.data.face_pass, "CHUNK", 6)
     out = whole.parent / "corrupt"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(whole, out)
@@ -128,7 +128,7 @@ def test_a_corrupt_chunk_is_made_again_and_said_so(spoil, drawn, whole, monkeypa
 
 
 def test_another_rule_makes_the_chunks_again(drawn, whole, capsys):
-    from masked_ldm.data import build_manifest, load_manifest
+    from masked_ldm.data.manifest import build_manifest, load_manifest
 
     out = whole.parent / "rule"
     shutil.copytree(whole, out)
@@ -143,8 +143,8 @@ def test_another_rule_makes_the_chunks_again(drawn, whole, capsys):
 
 
 def test_shards_on_the_command_line(drawn, whole, tmp_path, capsys):
-    from masked_ldm.data import build_manifest
-    from masked_ldm.data_command import main
+    from masked_ldm.data.command import main
+    from masked_ldm.data.manifest import build_manifest
 
     for i in (1, 0):
         main(
@@ -194,7 +194,7 @@ def test_datasets_reads_past_the_chunks(drawn, tmp_path):
     "The chunks beside the pictures do not confuse Hugging Face's imagefolder."
     from datasets import load_dataset
 
-    from masked_ldm.data import build_manifest, load_manifest
+    from masked_ldm.data.manifest import build_manifest, load_manifest
 
     root = Path(shutil.copytree(drawn, tmp_path / "root"))
     path = build_manifest(root, "val", faces="mtcnn", device="cpu")
@@ -213,15 +213,15 @@ def test_datasets_reads_past_the_chunks(drawn, tmp_path):
 @pytest.fixture(scope="module")
 def shots():
     "(manifest rows with the file name, photographs) of both splits."
-    from masked_ldm.pictures import read_picture
-    from masked_ldm.subset import Rule, select_pictures
+    from masked_ldm.data.filtering import FilterRule, select_images
+    from masked_ldm.data.images import read_image
 
     rows, images = [], []
     for split in ("train", "val"):
-        for r in select_pictures(COCO_ROOT, split, Rule(0.0))[0]:
+        for r in select_images(COCO_ROOT, split, FilterRule(0.0))[0]:
             rows.append(r)
             images.append(
-                read_picture(
+                read_image(
                     Path(COCO_ROOT) / f"{split}2017" / r["file_name"], (r["width"], r["height"])
                 )
             )
@@ -233,7 +233,7 @@ def test_faces_alone_are_the_librarys(shots):
     "On a CPU: for each photograph exactly the faces that facenet-pytorch finds in it alone, whatever lies beside it."
     from facenet_pytorch import MTCNN
 
-    from masked_ldm.faces import detect_faces
+    from masked_ldm.data.faces import detect_faces
 
     net, n = MTCNN(keep_all=True, min_face_size=20), 0
     for im, (b, s), (c, t) in zip(
@@ -254,7 +254,7 @@ def test_faces_alone_are_the_librarys(shots):
 
 @photographs
 def test_batches_agree_with_single_photographs(shots):
-    from masked_ldm.faces import detect_faces
+    from masked_ldm.data.faces import detect_faces
 
     one, many = detect_faces(shots[1]), detect_faces(shots[1], batch_size=16)
     gap = max(float((a - b).abs().max()) for (a, _), (b, _) in zip(one, many) if len(a))
@@ -265,7 +265,7 @@ def test_batches_agree_with_single_photographs(shots):
 @photographs
 def test_precision_against_keypoints(shots):
     "Two ways to a face that know nothing of each other: pixels and marked joints."
-    from masked_ldm.faces import FaceRule, face_agreement, find_faces
+    from masked_ldm.data.faces import FaceRule, face_agreement, find_faces
 
     told = {}
     for name, rule in (
@@ -290,8 +290,8 @@ def test_precision_against_keypoints(shots):
 
 @photographs
 def test_the_people_crop_keeps_more_faces(shots):
-    from masked_ldm.crop import center_offset, people_offset
-    from masked_ldm.faces import keypoint_faces, people_mask
+    from masked_ldm.data.crop import center_offset, people_offset
+    from masked_ldm.data.faces import keypoint_faces, people_mask
 
     kept, cut = dict(center=0, people=0, all=0), dict(center=0.0, people=0.0)
     for r in shots[0]:
@@ -317,7 +317,7 @@ def test_the_people_crop_keeps_more_faces(shots):
 
 @photographs
 def test_full_check_of_the_photographs(tmp_path):
-    from masked_ldm.data import build_manifest, load_manifest
+    from masked_ldm.data.manifest import build_manifest, load_manifest
 
     for split in ("train", "val"):
         assert (

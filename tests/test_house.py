@@ -13,7 +13,7 @@ from readme import readme
 PAPERMILL = [
     "05_train",
     "06_evaluate",
-    "11_tiny_base",
+    "toy/05_build_base",
     "experiments/base_quality",
     "experiments/metrics_validation",
     "experiments/loss_cost",

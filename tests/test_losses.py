@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from masked_ldm.critics import random_tapnet
 from masked_ldm.masked_lpips import MaskedLPIPS
+from masked_ldm.toy.networks import random_tapnet
 
 
 def both(net, mask, seed=0):
@@ -24,7 +24,8 @@ def both(net, mask, seed=0):
 
 @pytest.mark.skipif("MASKED_LDM_COCO" not in os.environ, reason="needs a COCO root")
 def test_windows_are_exact_on_real_masks(tmp_path):
-    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.manifest import build_manifest
 
     ds = PersonDataset(
         build_manifest(os.environ["MASKED_LDM_COCO"], "train", tmp_path, faces="none"), 256

@@ -34,7 +34,7 @@ def test_wheel_holds_the_base(tmp_path):
 def test_imagefolder_opens_the_manifest(world, tmp_path):
     from datasets import load_dataset
 
-    from masked_ldm.data import build_manifest, load_manifest
+    from masked_ldm.data.manifest import build_manifest, load_manifest
 
     path = build_manifest(world, "val")
     ds = load_dataset(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from masked_ldm.data import PersonDataset, build_manifest, collate, load_manifest
-from masked_ldm.pictures import PictureError, read_picture
+from masked_ldm.data.dataset import PersonDataset, collate
+from masked_ldm.data.images import ImageError, read_image
+from masked_ldm.data.manifest import build_manifest, load_manifest
 
 
 @pytest.fixture
@@ -154,9 +155,9 @@ def test_a_file_that_goes_bad_later_stops_training_by_name(root, fault):
     ds = PersonDataset(build_manifest(root, "val"), 64)
     path = ds.folder / ds.rows[2]["file_name"]
     spoil(path, fault)
-    with pytest.raises(PictureError, match=path.name):
+    with pytest.raises(ImageError, match=path.name):
         ds[2]
-    with pytest.raises(PictureError, match=path.name):
+    with pytest.raises(ImageError, match=path.name):
         list(torch.utils.data.DataLoader(ds, 4, num_workers=1, collate_fn=collate))
 
 
@@ -272,14 +273,14 @@ def test_reading_is_bounded(tmp_path):
     import sys
 
     (tmp_path / "bomb.png").write_bytes(bomb())
-    code = f"import resource; from masked_ldm.pictures import read_picture; resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))\ntry: read_picture({str(tmp_path / 'bomb.png')!r})\nexcept OSError as e: print(e)"
+    code = f"import resource; from masked_ldm.data.images import read_image; resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))\ntry: read_image({str(tmp_path / 'bomb.png')!r})\nexcept OSError as e: print(e)"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert r.returncode == 0 and "far too many pixels" in r.stdout, r.stderr
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 def test_mangled_bytes_give_a_picture_or_a_sentence(kind, tmp_path):
-    "Whatever a file holds: RGB of the right size, or a PictureError that names it."
+    "Whatever a file holds: RGB of the right size, or a ImageError that names it."
     rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -296,9 +297,9 @@ def test_mangled_bytes_give_a_picture_or_a_sentence(kind, tmp_path):
             bad[i] = rng.integers(256)
         path.write_bytes(bytes(bad[: rng.integers(1, len(bad) + 1)] if k % 5 == 0 else bad))
         try:
-            im = read_picture(path)
+            im = read_image(path)
             assert im.mode == "RGB" and min(im.size) > 0
-        except PictureError as e:
+        except ImageError as e:
             refused += 1
             assert str(path) in str(e) and e.reason
     assert refused > 10

@@ -245,7 +245,7 @@ def sentences():
     "All literal texts of the package."
     return {
         _plain(n)
-        for p in (ROOT / "masked_ldm").glob("*.py")
+        for p in (ROOT / "masked_ldm").rglob("*.py")
         if p.name != "_modidx.py"
         for n in ast.walk(ast.parse(p.read_text()))
         if isinstance(n, (ast.JoinedStr, ast.Constant, ast.BinOp))
@@ -303,7 +303,9 @@ def parsers():
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
-    from masked_ldm import data_command, evaluate, sample, study, train
+    from masked_ldm import evaluate, sample, train
+    from masked_ldm.data import command as data_command
+    from masked_ldm.study import app as study
 
     ours = {
         f"masked-ldm-{k}": _parser(m.main)
@@ -318,7 +320,7 @@ def parsers():
 
 def _settings(given, processes=1):
     "A run's settings, checked but for what is on the disk and what is installed."
-    from masked_ldm import config
+    from masked_ldm.training import config
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(config, "_check_root", lambda root: None)
@@ -330,7 +332,7 @@ def _settings(given, processes=1):
 
 
 def _ours(program, args, processes=1):
-    from masked_ldm import data_command
+    from masked_ldm.data import command as data_command
 
     a = parsers()[program].parse_args(args)
     if program == "masked-ldm-train":

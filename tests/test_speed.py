@@ -19,7 +19,7 @@ def trainer(path, **kw):
 
 def gradients(tr, n=4):
     "Gradient of the branch for the first n pictures, all below T."
-    from masked_ldm.data import collate
+    from masked_ldm.data.dataset import collate
     from masked_ldm.train import keyed_noise
 
     noise, post, _ = keyed_noise(0, 0, range(n), tr.latent)
@@ -103,9 +103,9 @@ def test_a_compiled_decoder_takes_any_number_of_samples(monkeypatch):
 
     from torch._dynamo.utils import counters
 
-    from masked_ldm.config import TrainConfig
     from masked_ldm.models import load_base
-    from masked_ldm.speed import compiled
+    from masked_ldm.training.config import TrainConfig
+    from masked_ldm.training.optimizer import compiled
 
     torch._dynamo.reset()
     counters.clear()
@@ -173,8 +173,8 @@ def test_eight_bit_resumes(tmp_path, quick):
 
 def test_a_run_on_a_gpu_announces_itself(monkeypatch):
     "No GPU is needed: what the card says is given."
-    from masked_ldm import budget
-    from masked_ldm.config import TrainConfig
+    from masked_ldm.training import budget
+    from masked_ldm.training.config import TrainConfig
 
     monkeypatch.setattr(budget.torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(budget, "throughput", lambda device, bf16: 1.0)

@@ -16,9 +16,10 @@ import torch
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     "(PersonDataset, folder with seven uneven shards)"
-    from masked_ldm.data import PersonDataset, build_manifest
-    from masked_ldm.people import write_world
-    from masked_ldm.stream import write_shards
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.manifest import build_manifest
+    from masked_ldm.data.tar_shards import write_shards
+    from masked_ldm.toy.scenes import write_world
 
     tmp = tmp_path_factory.mktemp("stream")
     ds = PersonDataset(build_manifest(write_world(tmp / "world", 40, 4), "train"), 64)
@@ -54,8 +55,8 @@ def server(data):
 NODE = """
 import json, sys
 from torch.utils.data import DataLoader
-from masked_ldm.data import collate
-from masked_ldm.stream import StreamDataset
+from masked_ldm.data.dataset import collate
+from masked_ldm.data.tar_shards import StreamDataset
 if __name__ == "__main__":
     out = {}
     for epoch in range(2):
@@ -92,7 +93,7 @@ def test_two_nodes_of_two_workers(data, server, tmp_path, context):
 
 
 def test_same_bytes_whoever_writes(data, tmp_path):
-    code = "import sys; from masked_ldm.data import PersonDataset; from masked_ldm.stream import write_shards; i = int(sys.argv[3]); write_shards(PersonDataset(sys.argv[1], 64), sys.argv[2], 6, (i, 3))"
+    code = "import sys; from masked_ldm.data.dataset import PersonDataset; from masked_ldm.data.tar_shards import write_shards; i = int(sys.argv[3]); write_shards(PersonDataset(sys.argv[1], 64), sys.argv[2], 6, (i, 3))"
     ds, shards = data
     jobs = [
         subprocess.Popen(
@@ -101,7 +102,7 @@ def test_same_bytes_whoever_writes(data, tmp_path):
         for i in range(3)
     ]
     assert not any(j.wait() for j in jobs)
-    from masked_ldm.stream import index_shards
+    from masked_ldm.data.tar_shards import index_shards
 
     index_shards(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
@@ -111,8 +112,8 @@ def test_same_bytes_whoever_writes(data, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1, 5, 9])
 def test_more_workers_than_shards(data, workers):
-    from masked_ldm.data import collate
-    from masked_ldm.stream import StreamDataset
+    from masked_ldm.data.dataset import collate
+    from masked_ldm.data.tar_shards import StreamDataset
 
     ds, shards = data
     d = StreamDataset(shards, 64, epoch=1)
@@ -171,7 +172,7 @@ def page(h):
     ids=["404", "403", "503", "half", "page"],
 )
 def test_shard_that_does_not_come(data, server, monkeypatch, fault, said, asked_for):
-    from masked_ldm import stream
+    from masked_ldm.data import tar_shards as stream
 
     url, asked, faults = server
     monkeypatch.setattr(stream.time, "sleep", lambda s: None)
@@ -187,7 +188,7 @@ def test_shard_that_does_not_come(data, server, monkeypatch, fault, said, asked_
 
 
 def test_server_that_stumbles_is_asked_again(data, server, monkeypatch):
-    from masked_ldm import stream
+    from masked_ldm.data import tar_shards as stream
 
     url, asked, faults = server
     monkeypatch.setattr(stream.time, "sleep", lambda s: None)
@@ -202,7 +203,7 @@ def test_server_that_stumbles_is_asked_again(data, server, monkeypatch):
 
 
 def test_nobody_there(monkeypatch):
-    from masked_ldm import stream
+    from masked_ldm.data import tar_shards as stream
 
     monkeypatch.setattr(stream.time, "sleep", lambda s: None)
     with pytest.raises(
@@ -215,8 +216,8 @@ def test_broken_on_disk(data, tmp_path):
     "A flipped bit, a truncated file, one that is gone: one sentence, also out of a data worker."
     import shutil
 
-    from masked_ldm.data import collate
-    from masked_ldm.stream import StreamDataset, index_shards
+    from masked_ldm.data.dataset import collate
+    from masked_ldm.data.tar_shards import StreamDataset, index_shards
 
     for name, hurt, said in (
         (
@@ -244,8 +245,8 @@ def test_broken_on_disk(data, tmp_path):
 
 
 def test_picture_that_cannot_be_used_does_not_get_in(data, tmp_path):
-    from masked_ldm.data import PersonDataset
-    from masked_ldm.stream import write_shards
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.tar_shards import write_shards
 
     ds = PersonDataset(data[0].folder / "metadata.jsonl", 64)
     ds.rows[7]["file_name"] = "gone.png"
@@ -276,10 +277,11 @@ def test_shards_open_in_datasets(data):
 )
 def test_photographs_through_cache_and_shards(tmp_path):
     "JPEG files of any shape, cached with the crop that looks at people, packed, and streamed back as the samples they were."
-    from masked_ldm.cache import LatentCache, build_cache
-    from masked_ldm.data import PersonDataset, build_manifest
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.latent_cache import LatentCache, build_cache
+    from masked_ldm.data.manifest import build_manifest
+    from masked_ldm.data.tar_shards import StreamDataset, write_shards
     from masked_ldm.models import load_base
-    from masked_ldm.stream import StreamDataset, write_shards
 
     ds = PersonDataset(
         build_manifest(os.environ["MASKED_LDM_COCO"], "val", tmp_path / "list", faces="none"),
@@ -321,7 +323,7 @@ def test_photographs_through_cache_and_shards(tmp_path):
 @pytest.mark.parametrize("by", ["path", "server"])
 def test_index_that_names_something_else(data, server, tmp_path, name, by):
     "An index from elsewhere can make a reader run no command and read no other file or server; it is refused before anything it names is opened."
-    from masked_ldm.stream import StreamDataset
+    from masked_ldm.data.tar_shards import StreamDataset
 
     url, asked, faults = server
     index = json.loads((data[1] / "index.json").read_text())
@@ -354,7 +356,7 @@ def test_index_that_names_something_else(data, server, tmp_path, name, by):
     ],
 )
 def test_no_command_and_no_other_protocol(data, tmp_path, where):
-    from masked_ldm.stream import fetch, read_shard
+    from masked_ldm.data.tar_shards import fetch, read_shard
 
     where = where.replace("RAN", str(tmp_path / "ran"))
     entry = json.loads((data[1] / "index.json").read_text())["shards"][0]
@@ -373,7 +375,7 @@ def content(folder):
 @pytest.mark.parametrize("before", [3, 20])
 def test_folder_that_held_another_set(data, tmp_path, before):
     "More shards before, or fewer: the folder is turned into the new set and nothing of the old one stays."
-    from masked_ldm.stream import write_shards
+    from masked_ldm.data.tar_shards import write_shards
 
     ds, shards = data
     write_shards(ds, tmp_path, before)
@@ -385,7 +387,7 @@ def test_index_ignores_what_was_there_before(data, tmp_path):
     "Also where a job of another set left shards beyond the last."
     import shutil
 
-    from masked_ldm.stream import index_shards, write_shards
+    from masked_ldm.data.tar_shards import index_shards, write_shards
 
     ds, shards = data
     write_shards(ds, tmp_path / "old", 3)
@@ -402,8 +404,8 @@ def test_broken_off_and_gone_on_with(data, tmp_path, monkeypatch):
     "An index never speaks of shards that are being written anew; what is whole is not written twice; a picture that was replaced is."
     import shutil
 
-    from masked_ldm import stream
-    from masked_ldm.data import PersonDataset
+    from masked_ldm.data import tar_shards as stream
+    from masked_ldm.data.dataset import PersonDataset
 
     shards, root = data[1], tmp_path / "world"
     shutil.copytree(data[0].folder, root)
@@ -450,9 +452,10 @@ def test_links_to_names_without_an_extension(tmp_path, format, kind):
     "As in a folder of Hugging Face's cache: what a picture is, its bytes say."
     from PIL import Image
 
-    from masked_ldm.data import PersonDataset, build_manifest
-    from masked_ldm.people import write_world
-    from masked_ldm.stream import StreamDataset, read_index, read_shard, write_shards
+    from masked_ldm.data.dataset import PersonDataset
+    from masked_ldm.data.manifest import build_manifest
+    from masked_ldm.data.tar_shards import StreamDataset, read_index, read_shard, write_shards
+    from masked_ldm.toy.scenes import write_world
 
     root = write_world(tmp_path / "world", 8, 4)
     (tmp_path / "blobs").mkdir()
@@ -470,7 +473,7 @@ def test_links_to_names_without_an_extension(tmp_path, format, kind):
 
 
 def test_set_that_does_not_fill_a_batch(data):
-    from masked_ldm.stream import StreamDataset
+    from masked_ldm.data.tar_shards import StreamDataset
 
     d = StreamDataset(data[1], 64, node=(0, 2))
     assert d.steps(20) == 1

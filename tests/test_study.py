@@ -327,7 +327,7 @@ def test_results_need_the_key_and_the_host_is_checked(server):
 
 def test_open_to_the_network(tmp_path):
     "The addresses that are printed are real ones, and only this computer's own names are answered to."
-    from masked_ldm.study import own_addresses
+    from masked_ldm.study.app import own_addresses
 
     s = Server(
         picture_folder(tmp_path / "study", 3),

@@ -311,7 +311,7 @@ def test_as_published_runs_and_is_dead(tmp_path, quick):
 
 
 def test_each_person_once(tmp_path, quick):
-    from masked_ldm.data import collate
+    from masked_ldm.data.dataset import collate
     from masked_ldm.train import TrainConfig, Trainer, keyed_noise
 
     got = {}
@@ -334,7 +334,7 @@ def test_each_person_once(tmp_path, quick):
 
 
 def test_not_finite_is_skipped_counted_and_ends(tmp_path, quick):
-    from masked_ldm.data import collate
+    from masked_ldm.data.dataset import collate
     from masked_ldm.train import TrainConfig, Trainer
 
     tr = Trainer(TrainConfig.make(**quick), tmp_path / "run")
@@ -602,7 +602,7 @@ def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, 
     )
     with pytest.raises(ConfigError, match="push_to_hub needs hub_model_id"):
         TrainConfig.make(push_to_hub=True)
-    monkeypatch.setattr("masked_ldm.watch.find_spec", lambda name: None)
+    monkeypatch.setattr("masked_ldm.training.logging.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package trackio"):
         train(
             TrainConfig.make(
@@ -670,7 +670,7 @@ def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypat
 def test_the_upload_holds_what_is_needed(tmp_path, monkeypatch):
     import huggingface_hub
 
-    from masked_ldm.watch import push_to_hub
+    from masked_ldm.training.logging import push_to_hub
 
     got = {}
     monkeypatch.setattr(
@@ -729,7 +729,7 @@ def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
 
 
 def test_one_folder_one_run(tmp_path, quick):
-    from masked_ldm.checkpoint import lock, unlock
+    from masked_ldm.training.checkpoint import lock, unlock
 
     (tmp_path / "run").mkdir()
     lock(tmp_path / "run")
