@@ -100,7 +100,7 @@ def test_reads_well(path):
     first = cs[0].source
     code = [c for c in cs if c.cell_type == "code"]
     text = json.dumps([c.outputs for c in code])
-    assert first.startswith("# ") and "\n> " in first, "opens with H1 and a one-line claim"
+    assert re.fullmatch(r"# .+\n\n> .+", first), "opens with H1 and a one-line claim, nothing else"
     assert any(c.outputs for c in code), "no outputs saved"
     assert not any(o.output_type == "error" for c in code for o in c.outputs), "an error is saved"
     assert not re.search(r"(?<![\w.:/])/(?:work|root|tmp|home|Users)/[\w./-]+", text), (
