@@ -146,7 +146,7 @@ def _receive(url: str, part: Path, timeout: float, stop: threading.Event) -> int
                 received += len(block)
     return received
 
-# %% ../../nbs/data/10_download.ipynb #4321e7d3
+# %% ../../nbs/data/10_download.ipynb #1d79d9e7
 # raises ValueError or OSError for a file that is not as it should be
 _Check = Callable[[Path], object]
 
@@ -177,7 +177,7 @@ def _check_part(part: Path, check: _Check) -> None:
             raise
         raise _BadPart(getattr(e, "reason", None) or str(e)) from None
 
-
+# %% ../../nbs/data/10_download.ipynb #91075b8b
 def fetch(
     url: str,  # http or https
     path: str | Path,  # of the file
@@ -364,7 +364,7 @@ def _fetch_all(
             failed.setdefault(k, "was not tried")
     return received, failed
 
-# %% ../../nbs/data/10_download.ipynb #b9c6bd8d
+# %% ../../nbs/data/10_download.ipynb #d2391624
 def download_images(
     root: str | Path,  # COCO root with annotations/
     split: str,  # "train" or "val"
@@ -400,7 +400,7 @@ def download_images(
     write_json(root / f"download-{split}.json", report)
     return report
 
-
+# %% ../../nbs/data/10_download.ipynb #af8429f5
 def format_download(
     report: dict[str, Any],  # from `download_images`
     most: int = 20,  # failures that are listed

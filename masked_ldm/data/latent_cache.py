@@ -41,7 +41,7 @@ def cache_bytes(
     numbers = pictures * 2 * 8 * side**2 + captions * tokens * width
     return numbers * (2 if mixed_precision == "bf16" else 4)
 
-# %% ../../nbs/data/08_latent_cache.ipynb #d39dda9b
+# %% ../../nbs/data/08_latent_cache.ipynb #25e5150e
 CACHE_VERSION = 1  # of what is written here, and how it is computed
 
 
@@ -61,7 +61,7 @@ def _network_sha256(
     weights = {k: v for k, v in network.state_dict().items() if k.startswith(parts)}
     return _tensors_sha256({k: v.to(dtype or v.dtype) for k, v in weights.items()})[:16]
 
-
+# %% ../../nbs/data/08_latent_cache.ipynb #5fa05438
 def _cache_settings(
     dataset: PersonDataset, base: Base, mixed_precision: str, rows: int
 ) -> dict[str, Any]:  # JSON values
@@ -163,7 +163,7 @@ def _stale(path: Path, about: dict[str, Any]) -> str | None:
         return "is corrupt: its numbers are not those that were written"
     return None
 
-# %% ../../nbs/data/08_latent_cache.ipynb #d061a1da
+# %% ../../nbs/data/08_latent_cache.ipynb #cf97cd12
 def _in_precision(
     dtype: torch.dtype, encode: Callable[[Any], Tensor], given: Any, device: str, whose: str
 ) -> Tensor:  # on the CPU
@@ -189,7 +189,7 @@ def _encode_batch(
     text = _in_precision(dtype, base.embed, captions, base.device.type, whose)
     return moments.unflatten(0, (-1, 2)), text
 
-
+# %% ../../nbs/data/08_latent_cache.ipynb #965f8ea5
 def _cut(about: dict[str, Any]) -> list[list[int]]:
     "Cut a shard into batches, lists of numbers of pictures."
     rows, size = about["settings"]["rows"], about["settings"]["size"]
@@ -228,7 +228,7 @@ def _encode_shards(
         moments, text = zip(*encoded)
         yield dict(moments=torch.cat(moments), text=torch.cat(text), empty=empty)
 
-# %% ../../nbs/data/08_latent_cache.ipynb #4cb2cc84
+# %% ../../nbs/data/08_latent_cache.ipynb #399f76ad
 def _shard_path(folder: Path, k: int) -> Path:
     return folder / f"{k:05d}.safetensors"
 
@@ -251,7 +251,7 @@ def _check_room(folder: Path, abouts: Sequence[dict[str, Any]], base: Base) -> N
             f"{free / 1e9:.1f} GB left: name another cache_dir, or use cache_latents=False"
         )
 
-
+# %% ../../nbs/data/08_latent_cache.ipynb #0099efe5
 def build_cache(
     dataset: PersonDataset,
     base: Base,  # encodes where it is
