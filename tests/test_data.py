@@ -639,7 +639,7 @@ def test_faces_by_shares_are_the_faces_at_once(people, tmp_path):
 
 
 def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
-    "Two shares; a run with the same settings encodes nothing; the tar files hold it."
+    "Two shares; a run with the same settings encodes nothing."
     how = ("--size", "64", "--cache_dir", tmp_path / "cache")
     for k in (0, 1):
         code, text = cli("cache", people, *how, "--shard", f"{k}/2")
@@ -664,30 +664,6 @@ def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
         "none",
     )
     assert code == 0 and "are read from" in text and "were made" not in text, text
-    from masked_ldm.data.tar_shards import StreamDataset
-
-    for k in (0, 1):
-        code, text = cli(
-            "shard",
-            people,
-            *how,
-            "--cached",
-            "--out",
-            tmp_path / "tars",
-            "--pictures",
-            4,
-            "--shard",
-            f"{k}/2",
-        )
-        assert code == 0 and "run it again with --index" in text, text
-    code, text = cli("shard", people, *how, "--out", tmp_path / "tars", "--index")
-    assert code == 0 and "index.json" in text, text
-    ids = [s["image_id"] for s in StreamDataset(tmp_path / "tars" / "train", 64)]
-    rows = [
-        json.loads(l)["image_id"]
-        for l in (people / "train" / "metadata.jsonl").read_text().splitlines()
-    ]
-    assert sorted(ids) == sorted(rows)
 
 
 @pytest.mark.parametrize(
@@ -717,8 +693,6 @@ def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
         ("faces X --min_score 2", 2, "min_score"),
         ("cache X", 1, "data_root"),
         ("cache X --size 63", 1, "size must be a multiple of 8"),
-        ("shard X", 2, "required: --out"),
-        ("shard X --out FILE --pictures 0", 2, "pictures must be 1 or more, not 0"),
         ("build X --max_bad 3", 1, "max_bad must be a share"),
         ("build X --faces mtcnn --device banana", 2, "device 'banana' is not there"),
         ("faces X --device cuda:99", 2, "device 'cuda:99' is not there"),
@@ -742,7 +716,7 @@ def test_exit_codes_and_sentences(line, code, said, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["download", "build", "faces", "inspect", "check", "calibrate", "cache", "shard"]
+    "command", ["download", "build", "faces", "inspect", "check", "calibrate", "cache"]
 )
 def test_help_tells_every_setting(command):
     "Every flag says what it is, and the rule's are those of Python."

@@ -15,10 +15,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from .coco import no_gc, read_json
-from .face_pass import face_pass, merge_faces, parse_shard
+from .face_pass import face_pass, merge_faces
 from .faces import FaceRule, check_device, face_rows, keypoint_faces
 from .filtering import FilterRule, select_images
 from .images import check_image_files
+from ..files import parse_shard
 
 # %% ../../nbs/data/06_manifest.ipynb #be72d6fc
 FACES = ("auto", "annotation", "keypoints", "mtcnn", "none")
