@@ -194,9 +194,12 @@ class Parser(argparse.ArgumentParser):
 def add_settings(
     parser: argparse.ArgumentParser,
     cls: type,  # a settings class
+    skip: Iterable[str] = (),  # fields that become no flag
 ) -> None:
     "Add a flag for every setting; what is not given stays None."
     for name, kind in typing.get_type_hints(cls).items():
+        if name in skip:
+            continue
         f = next(f for f in fields(cls) if f.name == name)
         about = f.metadata["help"] + (f"; {range_of(f.metadata)}" if range_of(f.metadata) else "")
         if f.default is not None and f.default is not MISSING:
@@ -204,7 +207,8 @@ def add_settings(
         many = list in (kind, *typing.get_args(kind))
         parser.add_argument(
             f"--{name}",
-            action="append" if many else "store",
+            action="extend" if many else "store",
+            nargs="+" if many else None,
             metavar=name.rpartition("_")[2].upper(),
             help=about.replace("%", "%%"),
         )
@@ -215,7 +219,7 @@ def settings_given(
     namespace: argparse.Namespace,  # a parsed command line
 ) -> dict[str, Any]:
     "The values of a command line that belong to a settings class, for `make_settings`."
-    return {f.name: getattr(namespace, f.name) for f in fields(cls)}
+    return {f.name: getattr(namespace, f.name, None) for f in fields(cls)}
 
 # %% ../nbs/08_settings.ipynb #e5fc9f7a
 def _module(names: dict[str, Any]) -> str:

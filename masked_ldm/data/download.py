@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANNOTATIONS_URL', 'ANNOTATION_FILES', 'COCO_SERVER', 'FetchError', 'fetch', 'check_zip', 'unpack_annotations',
-           'download_lock', 'download_annotations', 'image_url', 'download_images', 'tell_download']
+           'download_lock', 'download_annotations', 'image_url', 'download_images', 'format_download']
 
 # %% ../../nbs/data/10_download.ipynb #fe5fe04f
 import contextlib
@@ -388,7 +388,7 @@ def download_images(
     return report
 
 # %% ../../nbs/data/10_download.ipynb #92a736aa
-def tell_download(
+def format_download(
     report,  # from `download_images`
     most=20,  # failures that are listed
 ):  # text

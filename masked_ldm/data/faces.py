@@ -26,25 +26,27 @@ from pycocotools import mask as rle
 from torchvision.ops import box_iou, nms
 
 from .images import to_rgb
+from ..settings import check_settings, setting
 
 # %% ../../nbs/data/03_faces.ipynb #7a6c4292
 @dataclass(frozen=True)
 class FaceRule:
-    "Which of the detected faces are kept. Raises ValueError for values that cannot be."
+    "Which of the detected faces are kept. Raises ConfigError for a value out of range."
 
-    min_face: int = 20  # smallest side of a face, pixels of the picture
-    min_score: float = 0.9  # MTCNN's confidence, 0 to 1
-    max_overlap: float = 0.5  # of two faces that overlap more than this (intersection over union) the surer one stays
-    on_person: float = 0.5  # share of the box that must lie on people's masks
+    min_face: int = setting(20, "smallest side of a face, pixels of the picture", least=1)
+    min_score: float = setting(0.9, "least confidence of MTCNN in a face", least=0, most=1)
+    max_overlap: float = setting(
+        0.5,
+        "of two faces that overlap by more than this (intersection over union) the surer one stays",
+        least=0,
+        most=1,
+    )
+    on_person: float = setting(
+        0.5, "share of a face's box that must lie on people's masks", least=0, most=1
+    )
 
-    def __post_init__(self):
-        if type(self.min_face) is not int or self.min_face < 1:
-            raise ValueError(
-                f"min_face must be a whole number of pixels, 1 or more, not {self.min_face!r}"
-            )
-        for k in ("min_score", "max_overlap", "on_person"):
-            if not 0 <= getattr(self, k) <= 1:
-                raise ValueError(f"{k} must be between 0 and 1, not {getattr(self, k)}")
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 # %% ../../nbs/data/03_faces.ipynb #0b52a244
 @lru_cache(maxsize=4)
