@@ -128,23 +128,23 @@ def _people(annotations: list[dict], h: int, w: int) -> tuple[list[dict], list[t
 
 def _why_dropped(
     row: dict,  # of the manifest, to be
-    annotated: int,  # person annotations, those without a usable mask included
+    annotations: list[dict],  # of people, those without a usable mask included
     rule: FilterRule,
     allowed: set | None,
 ) -> str | None:
     "Say why a picture is dropped; None: it is kept."
-    people, own = row["people"], [p for p in row["people"] if not p["iscrowd"]]
-    if not annotated:
+    if not annotations:
         return "no person"
     if allowed is not None and row["license"] not in allowed:
         return "licence not allowed"
-    if rule.crowd == "drop" and len(own) < len(people):
+    if rule.crowd == "drop" and any(a.get("iscrowd") for a in annotations):
         return "crowd region"
+    own = [person for person in row["people"] if not person["iscrowd"]]
     if not own:
-        return "only crowds" if people else "no usable mask"
+        return "only crowds" if row["people"] else "no usable mask"
     if row["area_fraction"] < rule.min_area:
         return "people below min_area"
-    largest = max(rle.area(p["segmentation"]) for p in own)
+    largest = max(rle.area(person["segmentation"]) for person in own)
     if largest < rule.min_person * row["width"] * row["height"]:
         return "largest person below min_person"
     if rule.need_caption and not row["captions"]:
@@ -171,7 +171,7 @@ def describe_image(
         people=people,
         area_fraction=covered_share(people, height * width, rule.area_rule),
     )
-    return row, _why_dropped(row, len(annotations), rule, allowed), wrong
+    return row, _why_dropped(row, annotations, rule, allowed), wrong
 
 # %% ../../nbs/01_data.ipynb #47914dc4
 def _face_boxes(annotations: list[dict], h: int, w: int) -> tuple[list, list[tuple[int, str]]]:
