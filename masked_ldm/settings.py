@@ -178,7 +178,12 @@ class Parser(argparse.ArgumentParser):
         if rest:
             known = [name for action in self._all_actions() for name in action.option_strings]
             flags = [a for a in rest if a.startswith("-")]
-            hint = f"; {did_you_mean(flags[0].split('=')[0], known)}" if flags else ""
+            hint = ""
+            if flags:
+                name = flags[0].split("=")[0]
+                hint = f"; {did_you_mean(name, known)}"
+                if name in known:
+                    hint = "; another command has it"
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return found
 
