@@ -19,7 +19,7 @@ COCO_ROOT = os.environ.get("MASKED_LDM_COCO")
 photographs = pytest.mark.skipif(not COCO_ROOT, reason="MASKED_LDM_COCO names no COCO root")
 
 # ---- many processes, kills, corrupt chunks
-PASS = "import masked_ldm.data.face_pass as f; f.CHUNK = 6\nfrom masked_ldm.data.manifest import build_manifest\nprint(build_manifest({root!r}, 'train', {out!r}, faces='mtcnn', min_face=16, device='cpu', shard={shard!r}))"
+PASS = "import masked_ldm.data.face_pass as f; f.CHUNK = 6\nfrom masked_ldm.data.manifest import run_face_pass\nprint(run_face_pass({root!r}, 'train', {out!r}, {shard!r}, 'cpu', min_face=16))"
 
 
 @pytest.fixture(scope="module")

@@ -13,42 +13,48 @@ CROPS = ("center", "people")
 
 
 def center_offset(
-    length,  # of the longer side, pixels
-    side,
-):  # of the square, pixels
-    "Where torchvision's `CenterCrop` begins."
+    length: int,  # of the longer side, pixels
+    side: int,  # of the square, pixels
+) -> int:
+    "Find where torchvision's `CenterCrop` begins."
     return int(round((length - side) / 2))
 
 
-def _shown(
-    lo, hi, across, side, at
-):  # (F,) extents of boxes along and across; side of the square; (N,) places
-    "(N,) area of the boxes that a square at each place shows."
-    return (
-        (np.minimum(hi, at[:, None] + side) - np.maximum(lo, at[:, None])).clip(0) * across
-    ).sum(1)
+def _area_shown(
+    begin: np.ndarray,  # (F,) where each box begins, along the longer side
+    end: np.ndarray,  # (F,) where it ends
+    across: np.ndarray,  # (F,) its length along the shorter side
+    side: int,  # of the square
+    offsets: np.ndarray,  # (N,) of the square
+) -> np.ndarray:  # (N,)
+    "Area of the boxes that a square at each offset shows."
+    last, first = np.minimum(end, offsets[:, None] + side), np.maximum(begin, offsets[:, None])
+    return ((last - first).clip(0) * across).sum(1)
 
 
 def people_offset(
-    boxes,  # (F,4) faces x0, y0, x1, y1, pixels
-    mask,
-):  # (h,w) union of the people, 0 to 1
-    "(top, left) of the square that keeps faces, then heads, then people."
-    mask, boxes = np.asarray(mask, float), np.nan_to_num(np.asarray(boxes, float).reshape(-1, 4))
+    boxes: np.ndarray,  # (F,4) faces x0, y0, x1, y1, pixels
+    mask: np.ndarray,  # (h,w) union of the people, 0 to 1
+) -> tuple[int, int]:  # (top, left)
+    "Find the square that keeps faces, then heads, then people."
+    mask = np.asarray(mask, float)
+    boxes = np.nan_to_num(np.asarray(boxes, float).reshape(-1, 4))
     h, w = mask.shape
-    side, length, long = min(h, w), max(h, w), int(w >= h)
-    at = np.arange(length - side + 1)  # long: 1 if wide, 0 if tall
-    b = np.clip(boxes, 0, [w, h, w, h]).reshape(-1, 2, 2)
-    lo, hi = b[:, 0, 1 - long], b[:, 1, 1 - long]
-    across = (b[:, 1, long] - b[:, 0, long]).clip(0)
-    third = (hi - lo) / 3
-    total = np.concatenate([[0], mask.sum(1 - long).cumsum()])
-    best = at
-    for seen, slack in (
-        (_shown(lo, hi, across, side, at), 1e-3),
-        (_shown(lo - third, hi + third, across, side, at), 1e-3),
-        (total[at + side] - total[at], 1e-3 * total[-1]),
-    ):
-        best = best[seen[best] >= seen[best].max() - slack]
-    best = int(best[np.abs(best - center_offset(length, side)).argmin()])
-    return (0, best) if long else (best, 0)
+    side, length = min(h, w), max(h, w)
+    wide = int(w >= h)
+    offsets = np.arange(length - side + 1)
+    corners = np.clip(boxes, 0, [w, h, w, h]).reshape(-1, 2, 2)  # (F, first or last, x or y)
+    begin, end = corners[:, 0, 1 - wide], corners[:, 1, 1 - wide]
+    across = (corners[:, 1, wide] - corners[:, 0, wide]).clip(0)
+    third = (end - begin) / 3
+    people = np.concatenate([[0], mask.sum(1 - wide).cumsum()])
+    rules = (
+        (_area_shown(begin, end, across, side, offsets), 1e-3),
+        (_area_shown(begin - third, end + third, across, side, offsets), 1e-3),
+        (people[offsets + side] - people[offsets], 1e-3 * people[-1]),
+    )
+    best = offsets
+    for shown, slack in rules:
+        best = best[shown[best] >= shown[best].max() - slack]
+    nearest = int(best[np.abs(best - center_offset(length, side)).argmin()])
+    return (0, nearest) if wide else (nearest, 0)

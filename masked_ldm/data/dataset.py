@@ -6,12 +6,16 @@
 __all__ = ['transform', 'PersonDataset', 'Batch', 'collate', 'batch_keys']
 
 # %% ../../nbs/data/07_dataset.ipynb #d0000003
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as rle
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -19,58 +23,68 @@ from .crop import CROPS, people_offset
 from .images import read_image
 from .manifest import load_manifest
 
+if TYPE_CHECKING:  # the cache knows the data set
+    from masked_ldm.data.latent_cache import LatentCache
+
 # %% ../../nbs/data/07_dataset.ipynb #51122723
-_SWAP = [0] + [
-    i + 1 if i % 2 else i - 1 for i in range(1, 17)
-]  # COCO's joints after a flip: left for right
+_MIRRORED = [0] + [i + 1 if i % 2 else i - 1 for i in range(1, 17)]  # COCO's joints, left for right
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
+
+
+def _crop_and_flip(things: dict[str, Any], size: int, crop: str, flip: bool) -> dict[str, Tensor]:
+    "Bring tv_tensors to one square."
+    things = v2.Resize(size, antialias=True)(things)
+    if crop == "center":
+        things = v2.CenterCrop(size)(things)
+    else:
+        top, left = people_offset(things["boxes"], things["masks"].sum(0).clamp(max=1))
+        things = {k: v2.functional.crop(v, top, left, size, size) for k, v in things.items()}
+    if flip:
+        things = v2.RandomHorizontalFlip(1.0)(things)
+    return {k: v.as_subclass(Tensor) for k, v in things.items()}
 
 
 def transform(
-    image,  # PIL RGB
-    masks,  # (K,h,w) uint8, one a person
-    boxes,  # (F,4) face boxes x0,y0,x1,y1
-    joints,  # (K,17,3) x, y, visibility
-    size,  # side of the result, pixels
-    flip,  # mirror it?
-    min_visible=0.5,  # share of a face box that must stay inside
-    crop="center",
-):  # or "people", see `people_offset`
+    image: Image.Image,  # RGB
+    masks: np.ndarray | Tensor,  # (K,h,w) uint8, one a person
+    boxes: list | Tensor,  # (F,4) face boxes x0, y0, x1, y1
+    joints: Tensor,  # (K,17,3) x, y, visibility
+    size: int,  # side of the result, pixels
+    flip: bool,  # mirror it?
+    min_visible: float = 0.5,  # share of a face box that must stay inside
+    crop: str = "center",  # or "people", see `people_offset`
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "(pixels (3,S,S) in [-1,1], masks (K,S,S) in [0,1], boxes (F',4), joints (K,17,3))."
-    h, w = image.height, image.width
+    canvas = (image.height, image.width)
+    corners = torch.as_tensor(boxes).reshape(-1, 4).float()
+    joints = torch.as_tensor(joints)
     things = dict(
         image=tv_tensors.Image(v2.functional.pil_to_tensor(image)),
         masks=tv_tensors.Image(torch.as_tensor(masks).float()),
         boxes=tv_tensors.BoundingBoxes(
-            torch.as_tensor(boxes).reshape(-1, 4).float(),
-            format="XYXY",
-            canvas_size=(h, w),
-            clamping_mode=None,
+            corners, format="XYXY", canvas_size=canvas, clamping_mode=None
         ),
-        joints=tv_tensors.KeyPoints(torch.as_tensor(joints)[..., :2].float(), canvas_size=(h, w)),
+        joints=tv_tensors.KeyPoints(joints[..., :2].float(), canvas_size=canvas),
     )
-    t = v2.Resize(size, antialias=True)(things)
-    if crop == "center":
-        t = v2.CenterCrop(size)(t)
-    else:
-        top, left = people_offset(t["boxes"], t["masks"].sum(0).clamp(max=1))
-        t = {k: v2.functional.crop(v, top, left, size, size) for k, v in t.items()}
+    square = _crop_and_flip(things, size, crop, flip)
+
+    whole = square["boxes"]
+    clipped = whole.clamp(0, size)
+    visible = _area(clipped) >= min_visible * _area(whole).clamp(min=1e-6)
+
+    points, visibility = square["joints"], joints[..., 2].float()
+    there = (visibility > 0) & ((points >= 0) & (points < size)).all(-1)
+    joints = torch.cat([points, visibility[..., None]], -1) * there[..., None]
     if flip:
-        t = v2.RandomHorizontalFlip(1.0)(t)
-    whole = t["boxes"].as_subclass(torch.Tensor)
-    b = whole.clamp(0, size)
-
-    def area(v):
-        return (v[:, 2:] - v[:, :2]).clamp(min=0).prod(1)
-
-    j, v = t["joints"].as_subclass(torch.Tensor), torch.as_tensor(joints)[..., 2].float()
-    inside = ((j >= 0) & (j < size)).all(-1)
-    j = torch.cat([j, (v * inside)[..., None]], -1) * ((v > 0) & inside)[..., None]
-    pixels = t["image"].as_subclass(torch.Tensor).float() / 127.5 - 1
+        joints = joints[:, _MIRRORED]
     return (
-        pixels,
-        t["masks"].as_subclass(torch.Tensor).clamp(0, 1),
-        b[area(b) >= min_visible * area(whole).clamp(min=1e-6)],
-        j[:, _SWAP] if flip else j,
+        square["image"].float() / 127.5 - 1,
+        square["masks"].clamp(0, 1),
+        clipped[visible],
+        joints,
     )
 
 # %% ../../nbs/data/07_dataset.ipynb #9038947b
@@ -79,156 +93,178 @@ class PersonDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        manifest,  # path of metadata.jsonl
-        size,  # side of the pictures, pixels
-        seed=0,  # of the augmentation
-        flip=0.5,  # chance of a mirrored picture
-        min_visible=0.5,  # share of a face box that must survive the crop
-        cache=None,  # `LatentCache` of these pictures: samples then bring their `moments` and `text`
-        crop="center",
-    ):  # square of the picture: "center", or "people" keeps faces
+        manifest: str | Path,  # path of metadata.jsonl
+        size: int,  # side of the pictures, pixels
+        seed: int = 0,  # of the augmentation
+        flip: float = 0.5,  # chance of a mirrored picture
+        min_visible: float = 0.5,  # share of a face box that must survive the crop
+        cache: "LatentCache | None" = None,  # samples then bring their `moments` and `text`
+        crop: str = "center",  # or "people", which keeps faces
+    ):
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
         self.rows, self.info = load_manifest(manifest)
-        self.folder, self.size, self.seed, self.flip, self.min_visible, self.crop = (
-            Path(manifest).parent,
-            size,
-            seed,
-            flip,
-            min_visible,
-            crop,
-        )
+        self.folder = Path(manifest).parent
+        self.size = size
+        self.seed = seed
+        self.flip = flip
+        self.min_visible = min_visible
+        self.crop = crop
         self.cache = cache
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def cache(self):
-        return self._cache  # `LatentCache` or None
+    def cache(self) -> "LatentCache | None":
+        return self._cache
 
     @cache.setter
-    def cache(self, cache):
+    def cache(self, cache: "LatentCache | None") -> None:
         "Raises ValueError for a cache of another size, crop or list of pictures."
-        if wrong := None if cache is None else cache.unfit(self):
-            raise ValueError(wrong)
+        problem = None if cache is None else cache.unfit(self)
+        if problem:
+            raise ValueError(problem)
         self._cache = cache
 
-    def __getitem__(self, key):  # i, or (epoch, i) for an augmented sample
-        "dict: pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."
+    def __getitem__(
+        self,
+        key: int | tuple[int, int],  # i, or (epoch, i) for an augmented sample
+    ) -> dict[str, Any]:
+        "pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        r = self.rows[i]
-        path = self.folder / r["file_name"]
-        flip, k = self.chance(epoch, r)
-        s = self.sample(r, read_image(path, (r["width"], r["height"])), flip, k)
-        return s if self.cache is None else dict(s, **self.cache.read(i, flip, k))
-
-    def chance(self, epoch, r):  # None, or the number of the epoch; manifest row
-        "(mirror the picture?, number of the caption), a function of seed, epoch and picture."
-        rng = np.random.default_rng([self.seed, 0 if epoch is None else epoch + 1, r["image_id"]])
-        return (
-            (False, 0)
-            if epoch is None
-            else (bool(rng.random() < self.flip), int(rng.integers(len(r["captions"]))))
+        row = self.rows[i]
+        flip, caption = self._augmentation(epoch, row)
+        image = read_image(self.folder / row["file_name"], (row["width"], row["height"]))
+        people = [person for person in row["people"] if not person["iscrowd"]]
+        pixels, masks, boxes, joints = transform(
+            image,
+            np.stack([rle.decode(person["segmentation"]) for person in people]),
+            [face["box"] for face in row["faces"]],
+            torch.tensor([person["keypoints"] for person in people]).view(-1, 17, 3),
+            self.size,
+            flip,
+            self.min_visible,
+            self.crop,
         )
-
-    def sample(
-        self, r, image, flip=False, k=0
-    ):  # manifest row; its picture, PIL RGB; mirror it?; number of the caption
-        "The sample of one picture, wherever that came from."
-        own = [p for p in r["people"] if not p["iscrowd"]]
-        masks = np.stack([rle.decode(p["segmentation"]) for p in own])
-        faces, marks = (
-            [f["box"] for f in r["faces"]],
-            torch.tensor([p["keypoints"] for p in own]).view(-1, 17, 3),
-        )
-        pixels, people, boxes, joints = transform(
-            image, masks, faces, marks, self.size, flip, self.min_visible, self.crop
-        )
-        return dict(
+        sample = dict(
             pixels=pixels,
-            mask=people.amax(0, keepdim=True),
-            people=people,
+            mask=masks.amax(0, keepdim=True),
+            people=masks,
             boxes=boxes,
             joints=joints,
-            caption=r["captions"][k],
-            image_id=r["image_id"],
+            caption=row["captions"][caption],
+            image_id=row["image_id"],
         )
+        return sample if self.cache is None else sample | self.cache.read(i, flip, caption)
+
+    def _augmentation(self, epoch: int | None, row: dict) -> tuple[bool, int]:
+        "(mirror the picture?, number of the caption), a function of seed, epoch and picture."
+        if epoch is None:
+            return False, 0
+        rng = np.random.default_rng([self.seed, epoch + 1, row["image_id"]])
+        return bool(rng.random() < self.flip), int(rng.integers(len(row["captions"])))
 
 # %% ../../nbs/data/07_dataset.ipynb #d498a18a
+def _members(image_of: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    "(rows that belong to some images, in their order; the new image number of each)."
+    number, row = (image_of[None] == images.to(image_of.device)[:, None]).nonzero(as_tuple=True)
+    return row, number
+
+
 @dataclass
 class Batch:
     "A batch of pictures of people."
 
-    pixels: torch.Tensor  # (B,3,H,W) RGB in [-1,1]
-    mask: torch.Tensor  # (B,1,H,W) union of the people, in [0,1]
-    people: torch.Tensor  # (K,1,H,W) each person
-    person_image: torch.Tensor  # (K,) image number of each person
-    boxes: torch.Tensor  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
-    joints: torch.Tensor  # (K,17,3)
-    captions: list
-    image_ids: list
-    moments: torch.Tensor = (
-        None  # (B,8,h,w) mean and log-variance of the latents, if there is a cache
-    )
-    text: torch.Tensor = None  # (B,77,D) embeddings of the captions, if there is a cache
+    pixels: Tensor  # (B,3,H,W) RGB in [-1,1]
+    mask: Tensor  # (B,1,H,W) union of the people, in [0,1]
+    people: Tensor  # (K,1,H,W) each person
+    person_image: Tensor  # (K,) image number of each person
+    boxes: Tensor  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
+    joints: Tensor  # (K,17,3)
+    captions: list[str]
+    image_ids: list[int]
+    moments: Tensor | None = None  # (B,8,h,w) mean and log-variance of latents, with a cache
+    text: Tensor | None = None  # (B,77,D) embeddings of the captions, with a cache
 
-    def to(self, device):
-        "The same batch on another device."
-        return Batch(
-            **{
-                f.name: v.to(device, non_blocking=True)
-                if torch.is_tensor(v := getattr(self, f.name))
-                else v
-                for f in fields(self)
-            }
-        )
-
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pixels)
 
+    def __getitem__(
+        self,
+        rows: Tensor | list[int] | slice,  # image numbers, or a mask (B,)
+    ) -> "Batch":
+        "Take some of the images; their people and faces come along, renumbered."
+        images = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
+        person, person_image = _members(self.person_image, images)
+        face, face_image = _members(self.boxes[:, 0].long(), images)
+        return Batch(
+            pixels=self.pixels[images],
+            mask=self.mask[images],
+            people=self.people[person],
+            person_image=person_image,
+            boxes=torch.cat([face_image[:, None].to(self.boxes), self.boxes[face, 1:]], 1),
+            joints=self.joints[person],
+            captions=[self.captions[i] for i in images.tolist()],
+            image_ids=[self.image_ids[i] for i in images.tolist()],
+            moments=None if self.moments is None else self.moments[images],
+            text=None if self.text is None else self.text[images],
+        )
 
-def collate(samples):  # list of `PersonDataset` samples
-    "`Batch` of samples with any number of people and faces, none included."
-    n = torch.tensor([len(s["people"]) for s in samples])
-    rows = [
-        torch.cat([torch.full((len(s["boxes"]), 1), float(i)), s["boxes"]], 1)
-        for i, s in enumerate(samples)
-    ]
+    def to(self, device: str | torch.device) -> "Batch":
+        "Move the batch to another device."
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                values[name] = value.to(device, non_blocking=True)
+        return Batch(**values)
+
+# %% ../../nbs/data/07_dataset.ipynb #d1d00002
+def collate(
+    samples: list[dict[str, Any]],  # of `PersonDataset`
+) -> Batch:
+    "Make a batch of samples with any number of people and faces, none included."
+
+    def stacked(name: str) -> Tensor | None:
+        return torch.stack([s[name] for s in samples]) if name in samples[0] else None
+
+    people = torch.tensor([len(sample["people"]) for sample in samples])
+    faces = torch.tensor([len(sample["boxes"]) for sample in samples])
+    images = torch.arange(len(samples))
+    corners = torch.cat([sample["boxes"] for sample in samples])
+    face_image = images.repeat_interleave(faces)
     return Batch(
-        torch.stack([s["pixels"] for s in samples]),
-        torch.stack([s["mask"] for s in samples]),
-        torch.cat([s["people"] for s in samples])[:, None],
-        torch.arange(len(samples)).repeat_interleave(n),
-        torch.cat(rows),
-        torch.cat([s["joints"] for s in samples]),
-        [s["caption"] for s in samples],
-        [s["image_id"] for s in samples],
-        *(
-            torch.stack([s[k] for s in samples]) if k in samples[0] else None
-            for k in ("moments", "text")
-        ),
+        pixels=torch.stack([sample["pixels"] for sample in samples]),
+        mask=torch.stack([sample["mask"] for sample in samples]),
+        people=torch.cat([sample["people"] for sample in samples])[:, None],
+        person_image=images.repeat_interleave(people),
+        boxes=torch.cat([face_image[:, None].to(corners), corners], 1),
+        joints=torch.cat([sample["joints"] for sample in samples]),
+        captions=[sample["caption"] for sample in samples],
+        image_ids=[sample["image_id"] for sample in samples],
+        moments=stacked("moments"),
+        text=stacked("text"),
     )
 
 # %% ../../nbs/data/07_dataset.ipynb #026c3893
 def batch_keys(
-    n,  # pictures in the data set
-    batch_size,  # pictures a step
-    seed,  # of the order
-    start=0,  # first step
-    stop=1,  # after the last step
-):  # yields lists of (epoch, i), for `DataLoader(batch_sampler=...)`
-    "The pictures of every step. The rest of an epoch that does not fill a batch is left out. Raises ValueError if not even one batch fits."
-    per = n // batch_size
-    if not per:
+    n: int,  # pictures in the data set
+    batch_size: int,
+    seed: int,  # of the order
+    start: int = 0,  # first step
+    stop: int = 1,  # after the last step
+) -> Iterator[list[tuple[int, int]]]:  # of (epoch, i), for `DataLoader(batch_sampler=...)`
+    "List the pictures of every step; what does not fill a batch at an epoch's end is left out. Raises ValueError if not even one batch fits."
+    steps = n // batch_size  # in an epoch
+    if not steps:
         raise ValueError(f"the data set has {n} pictures, fewer than one batch of {batch_size}")
-    order = {}
 
-    def at(step):
-        e, k = divmod(step, per)
-        if e not in order:
-            order.clear()
-            order[e] = np.random.default_rng([seed, e]).permutation(n).tolist()
-        return [(e, i) for i in order[e][k * batch_size : (k + 1) * batch_size]]
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        order: list[int] = []
+        for step in range(start, stop):
+            epoch, k = divmod(step, steps)
+            if not order or k == 0:
+                order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
+            yield [(epoch, i) for i in order[k * batch_size : (k + 1) * batch_size]]
 
-    return (at(s) for s in range(start, stop))
+    return keys()

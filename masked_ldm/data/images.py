@@ -7,7 +7,9 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'ImageError', 'orient', 'to_rgb', 'read_imag
 
 # %% ../../nbs/data/02_images.ipynb #a2692b0a
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,175 +21,162 @@ from ..viz import progress
 class ImageError(OSError):
     "A picture file that cannot be used; the message names the path and what is wrong."
 
-    reason = ""  # what is wrong, without the path
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"picture {path} {reason}")
+        self.path = path
+        self.reason = reason  # what is wrong, without the path
+
+    def __reduce__(self) -> tuple:  # how it comes home from a worker process
+        return type(self), (self.path, self.reason)
 
 
-def _wrong(path, reason):
-    "`ImageError` of a path."
-    e = ImageError(f"picture {path} {reason}")
-    e.reason = reason
-    return e
+class _Unusable(ValueError):
+    "What is wrong with a picture, before its path is known."
+
+
+@contextmanager
+def _as_image_error(path: str | Path) -> Iterator[None]:
+    "Turn whatever happens to a file into an ImageError with its path."
+    try:
+        yield
+    except ImageError:
+        raise
+    except _Unusable as e:
+        raise ImageError(path, str(e)) from None
+    except Exception as e:  # Pillow raises nearly everything for a damaged file
+        raise ImageError(path, f"is truncated or damaged ({e}): fetch it again") from None
 
 # %% ../../nbs/data/02_images.ipynb #14822547
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485  # Pillow's own limit of what it takes without a warning
 
 
-def _not_a_picture(path):
-    "Why Pillow does not know this file, from its first bytes."
-    with open(path, "rb") as f:
-        head = f.read(512)
+def _why_unknown(path: Path) -> str:
+    "Say why Pillow does not know a file, from its first bytes."
+    with open(path, "rb") as file:
+        head = file.read(512)
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "is a web page, not a picture: the download failed; fetch it again"
-    return f"is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is damaged (it begins with {head[:12]!r}): fetch it again"
-
-
-def _open(path):
-    "An opened, not yet decoded picture, or ImageError."
-    path, refused = (
-        Path(path),
-        f"more than {MAX_PIXELS:,}: it is refused, as it may be made to fill the memory",
+    known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+    return (
+        f"is not {known}, or its header is damaged (it begins with {head[:12]!r}): fetch it again"
     )
-    if not path.is_file():
-        raise _wrong(path, "is missing" if not path.exists() else "is not a file")
-    try:
+
+
+def _open(path: str | Path) -> Image.Image:
+    "Open a picture without decoding it. Raises ImageError."
+    path = Path(path)
+    too_many = f"more than {MAX_PIXELS:,}: it is refused, as it may be made to fill the memory"
+    with _as_image_error(path):
+        if not path.is_file():
+            raise _Unusable("is not a file" if path.exists() else "is missing")
         if not path.stat().st_size:
-            raise _wrong(path, "is empty (0 bytes): fetch it again")
-        im = Image.open(path, formats=FORMATS)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise _wrong(path, _not_a_picture(path)) from None
-    except Image.DecompressionBombError:
-        raise _wrong(path, f"has far too many pixels, {refused}") from None
-    except PermissionError as e:
-        raise _wrong(path, f"may not be read ({e.strerror})") from None
-    except Exception as e:
-        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    if im.width * im.height > MAX_PIXELS:
-        raise _wrong(path, f"has {im.width} x {im.height} pixels, {refused}")
-    return im
+            raise _Unusable("is empty (0 bytes): fetch it again")
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise _Unusable(_why_unknown(path)) from None
+        except Image.DecompressionBombError:
+            raise _Unusable(f"has far too many pixels, {too_many}") from None
+        except PermissionError as e:
+            raise _Unusable(f"may not be read ({e.strerror})") from None
+        if image.width * image.height > MAX_PIXELS:
+            raise _Unusable(f"has {image.width} x {image.height} pixels, {too_many}")
+        return image
 
 # %% ../../nbs/data/02_images.ipynb #b524542f
+_ORIENTATION = 0x0112  # EXIF's number for it
+
+
 def orient(
-    im,  # opened PIL image
-    size=None,  # (width, height) of the annotation
-):  # PIL image
-    "The picture the way up that its annotation was made on. Raises ValueError if neither way has the annotation's size."
+    image: Image.Image,  # opened
+    size: tuple[int, int] | None = None,  # (width, height) of the annotation
+) -> Image.Image:
+    "Turn a picture the way its annotation was made. Raises ValueError if neither way has the annotation's size."
     try:
-        turned = im.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:
-        turned = 1  # EXIF that cannot be read turns nothing
-    stored, upright = im.size, im.size[::-1] if turned in (5, 6, 7, 8) else im.size
-    if size is None:
-        return ImageOps.exif_transpose(im) if turned in range(2, 9) else im
-    if tuple(size) == stored:
-        return im
-    if tuple(size) == upright:
-        return ImageOps.exif_transpose(im)
-    other = f" ({upright[0]} x {upright[1]} turned upright)" if upright != stored else ""
-    raise ValueError(
-        f"is {stored[0]} x {stored[1]}{other}, its annotation says {size[0]} x {size[1]}"
+        orientation = 1  # EXIF that cannot be read turns nothing
+    stored = image.size
+    upright = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    if size is not None and tuple(size) == stored:
+        return image
+    if size is None or tuple(size) == upright:
+        return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    turned = f" ({upright[0]} x {upright[1]} turned upright)" if upright != stored else ""
+    raise _Unusable(
+        f"is {stored[0]} x {stored[1]}{turned}, its annotation says {size[0]} x {size[1]}"
     )
 
 # %% ../../nbs/data/02_images.ipynb #9d72d61d
-def to_rgb(im):  # PIL image of any mode
-    "8-bit RGB: 16 bits scaled, transparency over white. Raises ValueError for numbers whose range is unknown."
-    if im.mode.startswith(("I", "F")):
-        v = np.asarray(im).astype(np.float64)
-        top = 1.0 if im.mode == "F" else 65535.0
-        if not (np.isfinite(v).all() and v.min() >= 0 and v.max() <= top):
-            raise ValueError(
-                f"has numbers of mode {im.mode} outside 0 to {top:g}: their range is not known"
+def to_rgb(image: Image.Image) -> Image.Image:
+    "Convert to 8-bit RGB: 16 bits scaled, transparency over white. Raises ValueError for numbers whose range is unknown."
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        top = 1.0 if image.mode == "F" else 65535.0
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
+            raise _Unusable(
+                f"has numbers of mode {image.mode} outside 0 to {top:g}: their range is not known"
             )
-        return Image.fromarray(np.round(v * (255 / top)).astype(np.uint8)).convert("RGB")
-    if im.has_transparency_data:
-        im = im.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
-    return im.convert("RGB")
+        return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 # %% ../../nbs/data/02_images.ipynb #9bd2169a
 def read_image(
-    path,  # of a picture file
-    size=None,  # (width, height) that the annotation says
-):  # PIL RGB, of that size if one is given
-    "A picture as RGB, the way up that its annotation was made on. Raises ImageError that names the path and what is wrong."
-    im = _open(path)
-    try:
-        turned = orient(im, size)
-    except ValueError as e:
-        raise _wrong(path, str(e)) from None
-    except Exception as e:
-        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    try:
-        turned.load()
-    except Exception as e:
-        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    try:
-        return to_rgb(turned)
-    except Exception as e:
-        raise _wrong(
-            path,
-            str(e)
-            if isinstance(e, ValueError)
-            else f"of mode {turned.mode} cannot be made RGB ({e})",
-        ) from None
+    path: str | Path,
+    size: tuple[int, int] | None = None,  # (width, height) that the annotation says
+) -> Image.Image:  # RGB, of that size if one is given
+    "Read a picture as RGB, the way up that its annotation was made on. Raises ImageError."
+    with _as_image_error(path):
+        image = orient(_open(path), size)
+        image.load()
+        return to_rgb(image)
 
 # %% ../../nbs/data/02_images.ipynb #628ec458
-def _ends(path, kind):
-    "Does the file end as its format does?"
-    with open(path, "rb") as f:
-        f.seek(-min(4096, os.path.getsize(path)), 2)
-        tail = f.read()
-    return (
-        (b"\xff\xd9" in tail)
-        if kind in ("JPEG", "MPO")
-        else (b"IEND" in tail)
-        if kind == "PNG"
-        else False
-    )
+def _ends_well(path: str | Path, kind: str | None) -> bool:
+    "Does the file end as its format does? False for a format without an end marker."
+    marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind or "")
+    with open(path, "rb") as file:
+        file.seek(-min(4096, os.path.getsize(path)), os.SEEK_END)
+        return marker is not None and marker in file.read()
 
 
 def check_image(
-    path,  # of a picture file
-    size=None,  # (width, height) that the annotation says
-    full=False,  # decode it?
-):
-    "Raises ImageError if the file cannot be used."
-    im = _open(path)
-    try:
-        orient(im, size) if size else None
-    except ValueError as e:
-        raise _wrong(path, str(e)) from None
-    except Exception as e:
-        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    finally:
-        kind = im.format
-        im.close()
-    try:
-        _open(
-            path
-        ).verify() if full and kind == "PNG" else None  # its checksums; for other formats Pillow has nothing to verify
-    except Exception as e:
-        raise _wrong(path, f"is truncated or damaged ({e}): fetch it again") from None
-    if full or not _ends(path, kind):
+    path: str | Path,
+    size: tuple[int, int] | None = None,  # (width, height) that the annotation says
+    full: bool = False,  # decode it?
+) -> None:
+    "Raise ImageError if a picture cannot be used."
+    with _as_image_error(path):
+        with _open(path) as image:
+            kind = image.format
+            if size:
+                orient(image, size)
+        if full and kind == "PNG":
+            _open(path).verify()  # its checksums; Pillow knows none of other formats
+    if full or not _ends_well(path, kind):
         read_image(path, size)
 
 # %% ../../nbs/data/02_images.ipynb #f48371e7
 def check_image_files(
-    paths,  # of picture files
-    sizes=None,  # their (width, height)
-    full=False,  # decode them?
-    workers=None,  # threads; None: up to 8
-):  # list: None for a good picture, else what is wrong with it
-    "Look over many files at once, in order."
+    paths: Sequence[str | Path],
+    sizes: Sequence[tuple[int, int]] | None = None,  # (width, height) of each
+    full: bool = False,  # decode them?
+    workers: int | None = None,  # threads; None: up to 8
+) -> list[str | None]:  # what is wrong with each; None: nothing
+    "Check many files at once."
 
-    def one(job):
+    def problem(path: str | Path, size: tuple[int, int] | None) -> str | None:
         try:
-            check_image(*job, full)
+            check_image(path, size, full)
         except ImageError as e:
             return e.reason
+        return None
 
-    jobs = list(zip(paths, sizes or [None] * len(paths)))
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        return list(progress(pool.map(one, jobs), "pictures"))
+        found = pool.map(problem, paths, sizes or [None] * len(paths))
+        return list(progress(found, "pictures"))
