@@ -379,3 +379,12 @@ def test_wrong_folder_is_one_sentence(tmp_path):
     assert r.returncode == 1
     assert last.startswith("masked-ldm-study: ") and "config.json is missing" in last
     assert "Traceback" not in r.stderr
+
+
+def test_without_the_extra_it_is_one_sentence(tmp_path, monkeypatch):
+    from masked_ldm.study import app
+
+    folder = picture_folder(tmp_path / "study", 2)
+    monkeypatch.setattr(app, "_INSTALLED", False)
+    with pytest.raises(SystemExit, match=r"^masked-ldm-study: the study page needs .*\[study\]"):
+        app.main([str(folder)])

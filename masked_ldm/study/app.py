@@ -373,9 +373,7 @@ def create_app(
 ) -> "Starlette":
     "Make the ASGI application. Raises RuntimeError without the extra `study`."
     if not _INSTALLED:
-        raise RuntimeError(
-            "the study page needs uvicorn and Starlette: pip install 'masked_ldm[study]'"
-        )
+        raise RuntimeError("the study page needs Starlette: pip install 'masked_ldm[study]'")
     handlers = _Handlers(study)
     results = handlers.with_key(lambda: results_page(study), "text/html")
     routes = [
