@@ -226,7 +226,8 @@ def evaluate(
     n = n or usual
     p["guidance"] = p["guidance"] or config.get("guidance_scale", 3.0)
     data = held_out(config, where, n, n_ref)
-    files = picture_set(models, data.prompts, out, seed, **p)
+    sampler = dict(steps=p["steps"], guidance_scale=p["guidance"], scheduler=p["scheduler"])
+    files = picture_set(models, data.prompts, out, seed, **sampler)
     judges = Judges(data.scenes is not None, weights, device)
     pictures = dict(real=data.real) | {
         k: [Image.open(f).convert("RGB") for f in v] for k, v in files.items()
@@ -254,7 +255,7 @@ def evaluate(
         provenance=provenance(device),
     )
     (out / "evaluation.json").write_text(json.dumps(report, indent=1))
-    compare_grid(models, PROMPTS, seed, **p).save(out / "grid.png")
+    compare_grid(models, PROMPTS, seed, **sampler).save(out / "grid.png")
     failures(pictures, judged, data.prompts)[0].save(out / "failures.png")
     return report
 

@@ -597,7 +597,10 @@ def grid(self: Trainer):
     "Base above, branch below, from the same noise; written to samples/."
     c, prompts = self.config, self.config.sample_prompts or list(PROMPTS)
     kw = dict(
-        steps=c.sample_steps, guidance=c.guidance_scale, scheduler=c.sample_scheduler, size=c.size
+        steps=c.sample_steps,
+        guidance_scale=c.guidance_scale,
+        scheduler=c.sample_scheduler,
+        size=c.size,
     )
 
     def draw(branch):

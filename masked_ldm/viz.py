@@ -5,66 +5,70 @@
 # %% auto #0
 __all__ = ['to_pil', 'image_grid', 'progress']
 
-# %% ../nbs/11_viz.ipynb #77aefe27
+# %% ../nbs/11_viz.ipynb #1ab5fd7a
 import os
 import sys
 import textwrap
+from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 
-# %% ../nbs/11_viz.ipynb #8a558778
+# %% ../nbs/11_viz.ipynb #f2583ccc
 def to_pil(
-    x,  # (3,H,W) RGB or (1,H,W) mask, floats in [-1,1] or (for a mask) [0,1]; a PIL image passes
-):  # PIL image
-    "A tensor as a picture; values outside the range are clamped here, for the eye only."
-    if isinstance(x, Image.Image):
-        return x.convert("RGB")
-    x = x.detach().float().cpu()
-    return to_pil_image((x if x.shape[0] == 1 else (x + 1) / 2).clamp(0, 1)).convert("RGB")
+    picture: Tensor | Image.Image,  # (3,H,W) RGB in [-1,1] or a (1,H,W) mask in [0,1]
+) -> Image.Image:  # RGB
+    "Turn a tensor into a picture; values outside the range are clamped."
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    values = picture.detach().float().cpu()
+    if len(values) == 3:
+        values = (values + 1) / 2
+    return to_pil_image(values.clamp(0, 1)).convert("RGB")
 
-# %% ../nbs/11_viz.ipynb #59cfbb7f
+# %% ../nbs/11_viz.ipynb #f574d8f8
 def image_grid(
-    rows,  # list of rows, each a (N,C,H,W) tensor or a list of pictures
-    titles=(),  # a name for each row
-    heads=(),  # a text above each column, wrapped to fit
-    scale=1,  # enlarge each picture by this whole number, without smoothing
-    pad=3,  # pixels between pictures
-):  # PIL image
-    "Rows of pictures under one another."
-    rows = [[to_pil(p) for p in row] for row in rows]
-    w, h = (s * scale for s in rows[0][0].size)
-    n = max(map(len, rows))
-    small, left = (
-        ImageFont.load_default(11),
-        0
-        if not titles
-        else 12 + max(round(ImageFont.load_default(11).getlength(t)) for t in titles),
-    )
-    lines = [textwrap.wrap(s, max(6, round(w / 6.4))) for s in heads]
-    top = 0 if not heads else 6 + 13 * max(map(len, lines))
-    out = Image.new("RGB", (left + n * (w + pad) - pad, top + len(rows) * (h + pad) - pad), "white")
-    d = ImageDraw.Draw(out)
-    for i, ls in enumerate(lines):
-        d.multiline_text((left + i * (w + pad), 1), "\n".join(ls), "black", small, spacing=1)
-    for r, row in enumerate(rows):
-        y = top + r * (h + pad)
-        if r < len(titles):
-            d.text((2, y + h // 2), titles[r], "black", small, anchor="lm")
-        for i, p in enumerate(row):
-            out.paste(p.resize((w, h), Image.NEAREST), (left + i * (w + pad), y))
-    out._repr_jpeg_ = None  # a notebook would store the picture a second time
-    return out
+    rows: Sequence[Tensor | Sequence[Tensor | Image.Image]],  # a row: (N,C,H,W), or a list
+    titles: Sequence[str] = (),  # a name for each row
+    heads: Sequence[str] = (),  # a text above each column, wrapped to fit
+    scale: int = 1,  # enlarge each picture, without smoothing
+    pad: int = 3,  # pixels between pictures
+) -> Image.Image:
+    "Draw rows of pictures under one another."
+    pictures = [[to_pil(picture) for picture in row] for row in rows]
+    width, height = (side * scale for side in pictures[0][0].size)
+    font = ImageFont.load_default(11)
 
-# %% ../nbs/11_viz.ipynb #c3312e9d
+    columns = max(len(row) for row in pictures)
+    wrapped = [textwrap.wrap(head, max(6, round(width / 6.4))) for head in heads]
+    left = 12 + max(round(font.getlength(title)) for title in titles) if titles else 0
+    top = 6 + 13 * max(len(lines) for lines in wrapped) if heads else 0
+
+    size = (left + columns * (width + pad) - pad, top + len(rows) * (height + pad) - pad)
+    grid = Image.new("RGB", size, "white")
+    canvas = ImageDraw.Draw(grid)
+    for j, lines in enumerate(wrapped):
+        place = (left + j * (width + pad), 1)
+        canvas.multiline_text(place, "\n".join(lines), "black", font, spacing=1)
+    for i, row in enumerate(pictures):
+        y = top + i * (height + pad)
+        if i < len(titles):
+            canvas.text((2, y + height // 2), titles[i], "black", font, anchor="lm")
+        for j, picture in enumerate(row):
+            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (left + j * (width + pad), y))
+    vars(grid).update(_repr_jpeg_=None)  # else a notebook stores the picture a second time
+    return grid
+
+# %% ../nbs/11_viz.ipynb #f4951532
 def progress(
-    items,  # anything iterable
-    what,  # a word or two
-    show=True,
-):  # never, if False
-    "`items` behind a tqdm bar if somebody watches."
-    watched = (
-        sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
-    )  # Jupyter names the sessions that people open
+    items: Iterable,
+    what: str,  # a word or two
+    show: bool = True,  # False: never
+) -> tqdm:  # gives the items
+    "Show a bar while items are gone through, if somebody watches."
+    in_jupyter = "JPY_SESSION_NAME" in os.environ  # set for notebooks that people open
+    watched = sys.stderr.isatty() or in_jupyter
     return tqdm(items, what, disable=not (show and watched), leave=False)
