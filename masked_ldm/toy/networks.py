@@ -162,10 +162,13 @@ def world_arrays(
     people: bool = True,  # or the same places, empty
     workers: int = 0,  # processes; 0 draws in this one
 ) -> dict[str, np.ndarray]:
-    """Draw pictures of the built-in world with all that is true of them: `pictures` (n,64,64,3) uint8,
-    `labels` (n,64,64) `8*person + part`, `face` (n,64,64) share of face x 255, `scene` (n,3), `captions` (n,5);
-    of three people, -1 or NaN where there is nobody or nothing to see: `attributes` (n,3,13), `joints` (n,3,17,3) and
-    `faces` (n,3,4) in pixels, `identities` (n,3), `order` (n,3) from left to right."""
+    """Draw pictures of the built-in world with all that is true of them.
+
+    Of n pictures: pictures (n,64,64,3) uint8, labels (n,64,64) `8*person + part`,
+    face (n,64,64) share of face x 255, scene (n,3), captions (n,5). Of three people in each,
+    -1 or NaN where there is nobody or nothing to see: attributes (n,3,13), joints (n,3,17,3)
+    and faces (n,3,4) in pixels, identities (n,3), order (n,3) from left to right.
+    """
     draw = partial(_picture_arrays, seed, identities, people)
     if workers:
         with ProcessPoolExecutor(workers) as pool:
@@ -285,8 +288,10 @@ class Critic(TapNet):
         self,
         x: Tensor,  # (B,3,H,W) RGB in [-1,1]
     ) -> dict[str, Any]:
-        """Say what is seen, in logits on cells (h,w) = (H/2,W/2): person and face (B,1,h,w), joints (B,17,h,w),
-        cells {group: (B,n,h,w)}, and of the whole scene {group: (B,n)}."""
+        """Say what is seen, in logits; h = H/2, w = W/2.
+
+        person and face (B,1,h,w), joints (B,17,h,w), cells {group: (B,n,h,w)}, scene {group: (B,n)}
+        """
         taps = self.forward(x)
         y = torch.zeros(1, device=x.device)
         for side, mix, features in reversed(list(zip(self.side, self.mix, taps[1:]))):
@@ -365,8 +370,11 @@ def predict_labels(
     critic: Critic,
     x: Tensor,  # (B,3,64,64) RGB in [-1,1]
 ) -> dict[str, Any]:
-    """Ask a critic about pictures: person, face (B,) bool; says {group: (B,) index into its values};
-    mask (B,32,32) bool; heat (B,17,32,32) of the joints; box (B,4) of the largest face in pixels, NaN if none."""
+    """Ask a critic about pictures.
+
+    person, face (B,) bool; says {group: (B,) index into its values}; mask (B,32,32) bool of
+    people; heat (B,17,32,32) of joints; box (B,4) of the largest face in pixels, NaN if none
+    """
     batches = [_predict(critic, batch) for batch in x.split(100)]
     labels: dict[str, Any] = {
         name: np.concatenate([batch[name] for batch in batches])
@@ -396,8 +404,10 @@ def joint_positions(
     heat: np.ndarray,  # (17,h,w) in [0,1]
     mask: np.ndarray,  # (h,w) bool: where to look, grown by one cell
 ) -> np.ndarray:  # (17,3): x, y in pixels and height of the peak
-    """Find the most likely place of each joint, between the cells by a parabola through the logarithms of
-    the peak and its neighbours."""
+    """Find the most likely place of each joint.
+
+    Between the cells it is found by a parabola through the logarithms of the peak and its neighbours.
+    """
     where = ndimage.binary_dilation(mask) if mask.any() else np.ones_like(mask)
     ys, xs = np.nonzero(where)
     inside = heat[:, ys, xs]
