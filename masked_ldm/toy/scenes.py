@@ -20,7 +20,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
 
-from ..files import read_json, write_text
+from masked_ldm.files import (
+    read_json,
+    write_text,
+)
 from masked_ldm.toy.draw import (
     BOTTOMS,
     COLORS,
