@@ -18,7 +18,10 @@ from scipy import ndimage
 
 from .fid import as_uint8, clean_resize
 from ..face_loss import crop_faces, detect_faces
-from ..toy.networks import hits, limbs, peaks, tell
+from ..toy.networks import joint_positions as peaks
+from ..toy.networks import label_hits as hits
+from ..toy.networks import limb_lengths as limbs
+from ..toy.networks import predict_labels as tell
 
 # %% ../../nbs/evaluation/02_people_metrics.ipynb #a87f8231
 @dataclass
