@@ -44,7 +44,7 @@ from .face_loss import FaceLoss
 from .masked_lpips import MaskedLPIPS
 from .models import BASES, ControlledUNet, load_base, make_branch
 from .objective import MaskAwareObjective, check_gradients, warm_up
-from .one_step import predict_x0, target
+from .one_step import diffusion_target, predict_x0
 from .sample import PROMPTS, MaskedLDMPipeline, sample
 from .toy.scenes import WORLD_VERSION, write_world
 from .training.budget import OutOfMemory, advice, announced, is_out_of_memory
@@ -309,7 +309,6 @@ class Trainer:
             c.gate,
             warm_up(c.lambda_warmup_steps),
             c.decode_batch,
-            4 if c.decode == "crop" else None,
         )
 
     latent = property(
@@ -422,7 +421,9 @@ def losses(
             x_t, t, emb
         ).sample.float()
     l_ldm, x0_hat = (
-        F.mse_loss(out, target(z, noise, t, self.base.scheduler), reduction="none").mean((1, 2, 3)),
+        F.mse_loss(out, diffusion_target(z, noise, t, self.base.scheduler), reduction="none").mean(
+            (1, 2, 3)
+        ),
         predict_x0(out, x_t, t, self.base.scheduler),
     )  # Eq. (4)
     with self.acc.autocast():
@@ -465,13 +466,13 @@ def preflight(self: Trainer):
         face=low and count(b.boxes),
     )
     branch = deepcopy(self.twin.branch).to(self.acc.device) if self.twin else self.bare
-    self.objective.at_once = 0  # in parts, a term's own gradient is gone
+    self.objective.decode_batch = 0  # in parts, a term's own gradient is gone
     self.norms = check_gradients(
         self.losses(b, noise, post, torch.full((len(b),), c.T // 2), branch, c.lambda_warmup_steps),
         branch.parameters(),
         [k for k, on in expect.items() if on],
     )
-    self.objective.at_once = c.decode_batch
+    self.objective.decode_batch = c.decode_batch
     if low and c.lambda2 and not count(b.boxes):
         self.acc.print(
             "no usable face in the 64 pictures looked at: the face loss could not be checked"
