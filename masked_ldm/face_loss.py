@@ -48,7 +48,7 @@ FACE_LAYERS = ("conv2d_2b", "conv2d_4b", "repeat_1", "repeat_2", "repeat_3")  # 
 def load_face_net(
     name: str = "vggface2",  # or "casia-webface"
 ) -> nn.Module:
-    "facenet-pytorch's `InceptionResnetV1`. Raises FileNotFoundError when its weights can be neither found nor downloaded."
+    "facenet-pytorch's `InceptionResnetV1`. Raises FileNotFoundError without its weights."
     from facenet_pytorch import InceptionResnetV1  # here, since its package loads a detector
 
     if name not in ("vggface2", "casia-webface"):
@@ -150,7 +150,7 @@ def _layer_weights(
 
 # %% ../nbs/04_face_loss.ipynb #3014e261
 class FaceLoss(nn.Module):
-    "Feature distance of face crops: Eq. (1). Raises ValueError for weights or layers that do not fit the network."
+    "Feature distance of face crops: Eq. (1). Raises ValueError for layers it does not have."
 
     weights: Tensor  # (L,) alphas
 
@@ -251,7 +251,7 @@ class FaceLoss(nn.Module):
         images: Tensor,  # (B,3,H,W) RGB in [-1,1]
         boxes: Tensor,  # (M,5), faces of different people
     ) -> list[float]:  # the new weights
-        "Set the alphas: layers contribute equally, two faces are 1 apart. Raises ValueError where that cannot be."
+        "Set the alphas: layers contribute equally, two faces are 1 apart. May raise ValueError."
         boxes = self.usable(check_boxes(boxes, len(images)), images.shape[-2:])
         if len(boxes) < 2:
             raise ValueError(f"calibration needs at least 2 usable faces, found {len(boxes)}")

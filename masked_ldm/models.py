@@ -202,7 +202,7 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> Base:  # frozen and in eval mode
-    "Load a base from safetensors. Raises FileNotFoundError with what is missing, ValueError for what cannot be used."
+    "Load a base from safetensors. Raises FileNotFoundError with what is missing."
     path = BASES.get(str(name), str(name))
     if not Path(path).is_dir():
         path = _fetch(path)
@@ -270,7 +270,7 @@ def load_branch(
 
 # %% ../nbs/00_models.ipynb #90535383
 class ControlledUNet(nn.Module):
-    "The frozen UNet with the branch's residuals added to its decoder; called like `UNet2DConditionModel`."
+    "The frozen UNet with the branch's residuals added to its decoder; called like the UNet."
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ def gate_weight(
     T: float,  # where the gate closes
     kind: str | Callable[[Tensor], Tensor] = "hard",  # of `GATES`, or a function of t/T
 ) -> Tensor:  # (B,) float32 in [0,1]; 0 from T on
-    "How much of the perceptual terms a timestep gets. Raises ValueError for a kind it does not know."
+    "How much of the perceptual terms a timestep gets. Raises ValueError for a wrong kind."
     curve = kind if callable(kind) else GATES.get(kind)
     if curve is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def published_weights(
     low: Tensor,  # (B,) bool, t <= T
     has_face: Tensor,  # (B,) bool
 ) -> Tensor:  # (3,B)
-    "The weights as the authors' code computes them: a missing face rescales LDM first, and LPIPS by the result."
+    "The weights as the authors' code computes them, a missing face in the wrong order."
     lambda1, lambda2 = lambdas.tolist()
     rest = 1.0 - lambda1 - lambda2
     rescaled = rest / (lambda1 + rest) if lambda1 + rest else 1.0
@@ -267,8 +267,8 @@ class MaskAwareObjective(nn.Module):
         T: float,  # perceptual terms where t < T; 0 never, 1000 always
         lambda1: float,  # weight of `lpips`
         lambda2: float,  # weight of `face`; lambda1 + lambda2 <= 1
-        lpips: MaskedLPIPS,
-        face: FaceLoss,
+        lpips: MaskedLPIPS,  # may be None where its weight is 0
+        face: FaceLoss,  # may be None where its weight is 0
         decode: Callable[[Tensor], Tensor],  # latents -> RGB in [-1,1], with gradient
         variant: str = "paper",  # or "as_published": the authors' code, to compare with
         gate: str | Callable[[Tensor], Tensor] = "hard",  # as in `gate_weight`
@@ -336,7 +336,7 @@ class MaskAwareObjective(nn.Module):
         sample_weights: Tensor | None = None,  # (B,) factor on each sample
         decode_weights: Tensor | None = None,  # (B,) factor on its perceptual terms; 0: not decoded
     ) -> Terms:
-        "The weighted loss and everything needed to log it. Raises ValueError for shapes that do not fit."
+        "The weighted loss, and its terms for a log. Raises ValueError for what does not fit."
         l_ldm = _check_plain_loss(l_ldm, len(x0_latents))
         terms = self.terms(step)
         truth = _make_truth(target, mask, boxes, people, self.face if terms[1].weight else None)
@@ -397,7 +397,7 @@ def by_band(
     parts: dict[str, tuple[Tensor, Tensor]],  # {term: ((N,) values, (N,) weights)}
     edges: tuple[int, ...] = BANDS,
 ) -> dict[str, dict[str, float]]:  # {"0-50": {"n": samples, term: mean, ...}, ...}
-    "Means of the terms by band of timesteps, over the samples that had them; what is empty is left out."
+    "Means of the terms by band of timesteps, over the samples that had them."
     bands = {}
     for start, end in zip(edges, edges[1:], strict=False):
         inside = (t >= start) & (t < end)
@@ -516,7 +516,7 @@ def check_gradients(
     params: Iterable[Tensor],  # the trained weights
     expect: tuple[str, ...] = ("ldm", "lpips", "face"),  # terms that must be alive
 ) -> dict[str, float]:  # gradient norm of each term's weighted mean at `params`
-    "Measure each term's gradient. Raises `DeadTerm`, which says why, for an expected one that does not arrive."
+    "Measure each term's gradient. Raises `DeadTerm`, which says why, where none arrives."
     if terms.in_parts:
         raise ValueError(
             "these terms were computed in parts (decode_batch), where each one's own gradient is "

@@ -63,7 +63,7 @@ def predict_x0(
     t: Tensor | float,  # (B,) or scalar timesteps, in the scheduler's own units
     scheduler: Any,  # of diffusers: DDPM, DDIM, PNDM, DPM-Solver, UniPC, or a flow-matching one
 ) -> Tensor:  # (B, ...) the estimate of the clean latents, at least float32, differentiable
-    "Estimate x_0 in one step: Eq. (4). Raises ValueError for a scheduler or a prediction it does not know."
+    "Estimate x_0 in one step: Eq. (4). Raises ValueError for a scheduler it does not know."
     _check_scheduler(scheduler)
     dtype = torch.promote_types(torch.float32, torch.promote_types(model_output.dtype, x_t.dtype))
     model_output = model_output.to(dtype)
@@ -95,7 +95,7 @@ def diffusion_target(
     t: Tensor,  # (B,) timesteps
     scheduler: Any,  # as in `predict_x0`
 ) -> Tensor:  # (B, ...)
-    "The output for which `predict_x0` returns `x0`. Raises ValueError for a prediction it does not know."
+    "The output for which `predict_x0` returns `x0`."
     if _is_flow(scheduler):
         return noise - x0
     prediction = scheduler.config.prediction_type
@@ -125,7 +125,7 @@ def propose_T(
     wanted: Tensor | float,  # the bound
     smaller_is_better: bool = False,  # True for LPIPS and face distance, False for PSNR
 ) -> int:  # 0 to 1000, at most one more than the last timestep measured
-    "The gate that a wanted quality asks for: it holds for t < T. Raises ValueError if timesteps do not rise or nothing was measured."
+    "The T below which a wanted quality holds. Raises ValueError if nothing was measured."
     t = torch.as_tensor(t, dtype=torch.float64)
     quality = torch.as_tensor(quality, dtype=torch.float64)
     if quality.ndim == 2:

@@ -51,7 +51,7 @@ def predict_x0_steps(
     k: int = 1,  # model calls
     remember: bool = False,  # keep all activations: k times the memory, less time
 ) -> Tensor:  # (B, ...) float32 or wider, with gradient through all k steps
-    "Estimate x_0 in k steps; one is Eq. (4). The model must have no dropout. Raises ValueError for a flow-matching scheduler or k below 1."
+    "Estimate x_0 in k steps; one is Eq. (4). The model must have no dropout. No flows."
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod: several steps are DDIM steps"
