@@ -165,26 +165,24 @@ def _gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
 
 
 def _sum_in_parts(
-    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    function: Callable[[Tensor, Tensor], list[Tensor]],  # of rows and x[rows]; a sum comes first
     x: Tensor,  # (B, ...) with gradient
     rows: Tensor,  # (D,) samples that count
     size: int,  # samples a part
-) -> tuple[Tensor, Tensor, Tensor]:
-    "`function(rows, x[rows])` -> (sum, images, values), with the graph of one part at a time."
+) -> list[Tensor]:
+    "What `function(rows, x[rows])` returns, with the graph of one part at a time."
     gradient = torch.zeros_like(x, dtype=torch.promote_types(torch.float32, x.dtype))
-    totals, images, values = [], [], []
+    parts = []
     for part in rows.split(size):
         x_part = x[part].detach().requires_grad_()
-        total, part_images, part_values = function(part, x_part)
+        total, *kept = function(part, x_part)
         (part_gradient,) = _gradients(total, [x_part]) if total.requires_grad else (None,)
         if part_gradient is not None:
             gradient[part] = part_gradient.to(gradient)
-        totals.append(total.detach())
-        images.append(part_images.detach())
-        values.append(part_values.detach())
+        parts.append([total.detach()[None], *(tensor.detach() for tensor in kept)])
+    totals, *kept = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     slope = (x * gradient).sum()  # linear in x: its gradient is `gradient`
-    total = torch.stack(totals).sum() + (slope - slope.detach())
-    return total, torch.cat(images), torch.cat(values, 1)
+    return [totals.sum() + (slope - slope.detach()), *kept]
 
 # %% ../nbs/04b_objective.ipynb #31ec6421
 @dataclass
@@ -350,28 +348,30 @@ class MaskAwareObjective(nn.Module):
             weights = torch.cat([weights[:-1] * decode_weights.to(weights), weights[-1:]])
             decoded = decoded & (decode_weights > 0)
 
-        def perceptual(rows: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            "(sum of the weighted terms, images, (2,D) values) of some samples."
+        def perceptual(rows: Tensor, latents: Tensor) -> list[Tensor]:
+            "Sum of the weighted terms, images, and the values of each term, of some samples."
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.variant == "paper"):
                 images = self.decode(latents)
             some = truth[rows]
             none = images.new_zeros(len(rows))
             values = [term.values(images, some) if term.weight else none for term in terms]
-            stacked = torch.stack([value.to(weights) for value in values])
-            return (weights[:-1, rows] * stacked).sum(), images, stacked
+            values = [value.to(weights) for value in values]
+            weighted = [w[rows] * value for w, value in zip(weights, values, strict=False)]
+            return [torch.stack(weighted).sum(), images, *values]
 
+        total = (weights[-1] * l_ldm).sum()
+        values, images = [torch.zeros_like(l_ldm) for _ in terms], None
         rows = decoded.nonzero()[:, 0]
         in_parts = bool(len(rows) and self.decode_batch and self.variant == "paper")
         in_parts = in_parts and torch.is_grad_enabled() and x0_latents.requires_grad
-        total = (weights[-1] * l_ldm).sum()
-        values, images = l_ldm.new_zeros(2, len(l_ldm)), None
-        if in_parts:
-            seen, images, found = _sum_in_parts(perceptual, x0_latents, rows, self.decode_batch)
-        elif len(rows):
-            seen, images, found = perceptual(rows, x0_latents[rows])
         if len(rows):
-            values = values.index_copy(1, rows, found)
-            total = total + seen
+            if in_parts:
+                found = _sum_in_parts(perceptual, x0_latents, rows, self.decode_batch)
+            else:
+                found = perceptual(rows, x0_latents[rows])
+            total = total + found[0]
+            images = found[1]
+            values = [v.index_copy(0, rows, f) for v, f in zip(values, found[2:], strict=True)]
         return Terms(
             total=total / max(1, len(l_ldm)),  # Eq. (3), the mean over the batch
             ldm=l_ldm,
