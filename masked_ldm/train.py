@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['make_objective', 'Trainer', 'RunResult', 'train', 'main']
 
-# %% ../nbs/05_train.ipynb #c6bdcc74
+# %% ../nbs/05_train.ipynb #2ed8f510
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def make_objective(config: TrainConfig, networks: Networks) -> MaskAwareObjectiv
         config.decode_batch,
     )
 
-# %% ../nbs/05_train.ipynb #75695c3b
+# %% ../nbs/05_train.ipynb #5b25a090
 class Trainer:
     "A run: build it, `preflight`, `resume` or not, `write_run_info`, `loop`, `finish`."
 
@@ -120,11 +120,8 @@ class Trainer:
             config, self.networks, self.data.val, self.trained, self.accelerator.autocast
         )
         if self.networks.face:
-            found = calibrate_face_loss(self.networks.face, self.data.train, self.device)
-            if found < 2:
-                self.accelerator.print(
-                    f"only {found} usable face(s) in the training pictures at {config.size} px: the face loss is not calibrated"
-                )
+            say = self.accelerator.print
+            calibrate_face_loss(self.networks.face, self.data.train, self.device, say)
 
     def losses(
         self,
@@ -174,10 +171,9 @@ class Trainer:
 
     def positions(self, step: int) -> list[list[int]]:  # in the whole batch, for each part
         "Tell which samples of a step this process computes."
-        accelerator = self.accelerator
         timesteps = step_timesteps(self.config, step, self.latent_shape)
-        process, processes = accelerator.process_index, accelerator.num_processes
-        return sample_assignment(self.config, timesteps, process, processes)
+        share = self.accelerator.process_index, self.accelerator.num_processes
+        return sample_assignment(self.config, timesteps, *share)
 
     def step(
         self,
@@ -190,7 +186,9 @@ class Trainer:
         computed: list[PartLosses] = []
         for positions, batch in parts:
             draw = sample_draw(c.seed, self.step_done, positions, self.latent_shape, timesteps)
-            with nullcontext() if len(computed) == len(parts) - 1 else self._no_sync():
+            is_last = len(computed) == len(parts) - 1  # then the processes share their gradients
+            not_yet = self.accelerator.no_sync(self.trained.wrapped)
+            with nullcontext() if is_last else not_yet:
                 terms = self.losses(batch.to(self.device), draw)
                 self.accelerator.backward(terms.total / len(parts))
             values = {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()}
@@ -203,9 +201,6 @@ class Trainer:
             return []
         self.skipped_in_a_row = 0
         return computed
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        return self.accelerator.no_sync(self.trained.wrapped)  # gradients are averaged at the end
 
     def _skip(self, image_ids: list[int]) -> None:
         "Count a step whose gradient is not finite. Raises FloatingPointError after five in a row."
@@ -256,9 +251,8 @@ class Trainer:
         self.best = self.log.best()
         if self.is_main:  # what came after the checkpoint will come again
             self.folder.write_rows(self.log.history)
-            if path.resolve().parent == self.folder.checkpoints.resolve():
-                for name in set_aside_later(self.folder.checkpoints, self.step_done):
-                    say(f"{name} is set aside as abandoned-{name}")
+            for name in set_aside_later(self.folder.checkpoints, path, self.step_done):
+                say(f"{name} is set aside as abandoned-{name}")
         reached = f": max_steps {c.max_steps} is already reached, nothing is trained"
         say(f"going on from {path.name}{reached if self.step_done >= c.max_steps else ''}")
 

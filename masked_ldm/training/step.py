@@ -61,7 +61,7 @@ def sample_draw(
         draw.decode_weights = timesteps.decode_weights[index]
     return draw
 
-# %% ../../nbs/training/06_step.ipynb #e76514df
+# %% ../../nbs/training/06_step.ipynb #50def3e2
 def training_losses(
     base: Base,
     model: nn.Module,  # `ControlledUNet`
@@ -73,6 +73,7 @@ def training_losses(
     step: int = 0,  # of the schedule of the lambdas
 ) -> Terms:
     "Noise a batch, predict, estimate x_0, apply the objective."
+    scheduler: Any = base.scheduler
     with autocast():
         if batch.moments is None:
             latents = base.encode(batch.pixels, draw.posterior_noise)
@@ -80,12 +81,12 @@ def training_losses(
         else:  # from the cache
             latents = base.draw(batch.moments, draw.posterior_noise)
             text_emb = batch.text.float()
-    noisy = base.scheduler.add_noise(latents, draw.noise, draw.t)
+    noisy = scheduler.add_noise(latents, draw.noise, draw.t)
     with autocast():
         output = model(noisy, draw.t, text_emb).sample.float()
-    target = diffusion_target(latents, draw.noise, draw.t, base.scheduler)
+    target = diffusion_target(latents, draw.noise, draw.t, scheduler)
     l_ldm = F.mse_loss(output, target, reduction="none").mean((1, 2, 3))
-    x0_hat = predict_x0(output, noisy, draw.t, base.scheduler)  # Eq. (4)
+    x0_hat = predict_x0(output, noisy, draw.t, scheduler)  # Eq. (4)
     people = (batch.people, batch.person_image) if per_person else None
     weights = draw.sample_weights, draw.decode_weights
     with autocast():
