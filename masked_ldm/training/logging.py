@@ -85,7 +85,7 @@ def check_tracker(
             f"report_to {name!r} needs the package {name} (pip install {name}); report_to='none' does without a tracker"
         )
 
-# %% ../../nbs/training/12_logging.ipynb #54eb1ae4
+# %% ../../nbs/training/12_logging.ipynb #7f08eddd
 _CURVES = ("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second")
 
 
@@ -150,7 +150,7 @@ class RunLog:
             **summarise(gathered),
         )
         self.start_clock()
-        curves = {name: row[name] for name in _CURVES if row[name] is not None}
+        curves = {name: row[name] for name in _CURVES if row.get(name) is not None}
         for band, means in row["bands"].items():
             curves |= {f"{name}/t {band}": v for name, v in means.items() if name != "n"}
         self.history.append(row)
