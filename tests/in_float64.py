@@ -11,24 +11,27 @@ import torch
 
 from masked_ldm import train as module
 from masked_ldm.train import TrainConfig, Trainer
+from masked_ldm.training import data
+
+load_networks, collate = module.load_networks, data.collate
 
 
-def _doubled(networks):
-    for n in networks:
-        for m in (n.unet, n.vae, n.text_encoder) if hasattr(n, "vae") else (n,):
-            m is None or m.double()
+def _load_doubled(*args):
+    networks = load_networks(*args)
+    base = networks.base
+    losses = (networks.lpips, networks.face, networks.judge_people, networks.judge_faces)
+    for network in (base.unet, base.vae, base.text_encoder, *losses):
+        if network is not None:
+            network.double()
     return networks
 
 
-def _batch(samples):
-    b = collate(samples)
-    for k, v in vars(b).items():
-        if torch.is_tensor(v) and v.is_floating_point():
-            setattr(b, k, v.double())
-    return b
-
-
-load_networks, collate = module.load_networks, module.collate
+def collate_doubled(samples):
+    batch = collate(samples)
+    for name, value in vars(batch).items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            setattr(batch, name, value.double())
+    return batch
 
 
 @contextlib.contextmanager
@@ -36,9 +39,9 @@ def float64():
     "Inside, trainers are built and step in float64."
     with (
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-        mock.patch.object(module, "load_networks", lambda *a: _doubled(load_networks(*a))),
-        mock.patch.object(module, "collate", _batch),
-        mock.patch.object(Trainer, "grid", lambda self: None),
+        mock.patch.object(module, "load_networks", _load_doubled),
+        mock.patch.object(data, "collate", collate_doubled),
+        mock.patch.object(Trainer, "draw_grid", lambda self: None),
     ):
         torch.set_default_dtype(torch.float64)
         try:

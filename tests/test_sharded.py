@@ -1,66 +1,22 @@
-"A run whose branch FSDP cuts over two processes."
+"Launchers that would cut the trained weights are refused before anything is loaded."
 
-import json
-import os
+import sys
 
-import torch
-from conftest import ROOT, by_two
-from test_train import curve, weights
+import pytest
+from conftest import run
 
 
-def near(a, b, far=1e-9):
-    return all((v - b[k]).abs().max() < far for k, v in a.items())
-
-
-def test_in_pieces_is_the_same_run_and_either_goes_on_with_the_other(tmp_path, quick):
-    "In float64: the curve and the weights of one process; resumed in pieces, bit-equal; resumed in pieces from a whole run's checkpoint, and whole from that of a run in pieces."
-    from in_float64 import float64
-
-    from masked_ldm.train import TrainConfig, train
-
-    given = {
-        **quick,
-        "T": 600,
-        "max_steps": 4,
-        "batch_size": 8,
-        "val_pictures": 0,
-        "checkpointing_steps": 2,
-        "stratified_t": True,
-        "use_ema": True,
-        "ema_decay": 0.5,
-    }
-
-    def half(name):
-        return str(tmp_path / name / "checkpoints" / "step_000002")
-
-    def told(name, frm=None, **kw):
-        return {
-            **given,
-            "out_dir": str(tmp_path / name),
-            **(dict(resume=half(frm)) if frm else {}),
-            **kw,
-        }
-
-    with float64():
-        one = train(TrainConfig.make(**told("one"))).history
-    runs = [
-        told("cut", gradient_accumulation_steps=2),
-        told("cut from cut", "cut", gradient_accumulation_steps=2),
-        told("cut from one", "one"),
-    ]
-    code, text = by_two(
-        ROOT / "tests" / "sharded_on_cpu.py",
-        json.dumps(runs),
-        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launcher_that_cuts_the_weights_is_refused_in_one_sentence(name, tmp_path):
+    code, text = run(
+        sys.executable,
+        "-m",
+        "masked_ldm.train",
+        "--out_dir",
+        tmp_path / "run",
+        **{f"ACCELERATE_USE_{name}": "true"},
     )
-    assert code == 0, text
-    with float64():
-        train(TrainConfig.make(**told("one from cut", "cut")))
-    want, cut, again = (weights(tmp_path / n) for n in ("one", "cut", "cut from cut"))
-    assert all(torch.equal(v, again[k]) for k, v in cut.items()) and all(
-        near(want, weights(tmp_path / n)) for n in ("cut", "cut from one", "one from cut")
-    )
-    for a, b in zip(one, curve(tmp_path / "cut")):
-        assert a["bands"] == b["bands"] and all(
-            abs(a[k] - b[k]) < 2e-6 for k in ("loss", "grad_norm")
-        ), (a, b)
+    last = text.strip().splitlines()[-1]
+    assert code == 1 and "Traceback" not in text, text
+    assert last.startswith(f"masked-ldm-train: {name} keeps trained weights"), text
+    assert "choose multi-GPU in accelerate config" in last

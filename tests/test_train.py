@@ -58,7 +58,8 @@ def weights(path):
 
 def test_resumed_is_never_stopped(tmp_path, quick):
     "A15: bit-equal, in the middle of an epoch too."
-    from masked_ldm.train import ConfigError, TrainConfig, train
+    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.training.config import ConfigError
 
     whole = train(TrainConfig.make(**quick))
     half = {**quick, "out_dir": str(tmp_path / "half")}
@@ -97,9 +98,8 @@ SWITCHES = dict(
         gate="cosine",
         lambda_warmup_steps=3,
     ),
-    crop=dict(
+    cached=dict(
         T=1000,
-        decode="crop",
         cache_latents=True,
         proportion_empty_prompts=0.5,
         gradient_checkpointing=True,
@@ -110,7 +110,6 @@ SWITCHES = dict(
         stratified_t=True,
         decode_batch=2,
         crop="people",
-        fused_adam=False,
     ),
 )
 
@@ -142,7 +141,8 @@ def test_resumed_with_every_switch_is_never_stopped(name, tmp_path, quick):
 
 def test_back_to_an_older_checkpoint(tmp_path, quick):
     "What came later is set aside, not in the way; other settings are gone on with only when asked for; a newer or stranger checkpoint is refused."
-    from masked_ldm.train import ConfigError, TrainConfig, train
+    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.training.config import ConfigError
 
     kw = {**quick, "val_pictures": 0, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
     whole = train(TrainConfig.make(**kw))
@@ -243,31 +243,22 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
     [dict(), dict(stratified_t=True), dict(stratified_t=True, max_decoded=3), dict(max_decoded=5)],
     ids=str,
 )
-def test_samples_are_dealt_evenly(switches, tmp_path, quick, monkeypatch):
+def test_samples_are_dealt_evenly(switches):
     "Any number of processes, any number of parts: each sample once, and each decodes the same number, give or take one, in each part and in the whole step."
-    from masked_ldm.train import TrainConfig, Trainer
+    from masked_ldm.training.config import TrainConfig
+    from masked_ldm.training.timesteps import sample_assignment, step_timesteps
 
-    tr = Trainer(
-        TrainConfig.make(**{**quick, "T": 300, "batch_size": 16, "val_pictures": 0, **switches}),
-        tmp_path / "run",
-    )
-    acc = tr.acc
-
-    class At:  # this process of so many
-        def __init__(self, r, n):
-            self.process_index, self.num_processes = r, n
-
+    config = TrainConfig.make(T=300, batch_size=16, **switches)
     for step in range(20):
-        t, _, pick = tr.whole(step)
-        decoded = (t < 300) & (True if pick is None else pick > 0)
+        timesteps = step_timesteps(config, step, (4, 16, 16))
+        decoded = timesteps.t < 300
+        if timesteps.decode_weights is not None:
+            decoded &= timesteps.decode_weights > 0
         for n in (1, 2, 4):
             for parts in (1, 2, 4):
-                tr.config.gradient_accumulation_steps = parts
-                got = []
-                for r in range(n):
-                    tr.acc = At(r, n)
-                    got.append(tr.parts(step))
-                    assert [len(p) for p in got[-1]] == [16 // n // parts] * parts
+                config.gradient_accumulation_steps = parts
+                got = [sample_assignment(config, timesteps, r, n) for r in range(n)]
+                assert all([len(p) for p in ps] == [16 // n // parts] * parts for ps in got)
                 assert sorted(p for ps in got for part in ps for p in part) == list(range(16))
                 each = torch.tensor([[int(decoded[part].sum()) for part in ps] for ps in got])
                 assert (
@@ -275,7 +266,6 @@ def test_samples_are_dealt_evenly(switches, tmp_path, quick, monkeypatch):
                     and each.max() - each.min() <= 1
                     and each.sum(1).max() - each.sum(1).min() <= 1
                 ), (n, parts, each)
-    tr.acc = acc
 
 
 def test_bf16_runs_on_a_cpu(quick):
@@ -312,20 +302,22 @@ def test_as_published_runs_and_is_dead(tmp_path, quick):
 
 def test_each_person_once(tmp_path, quick):
     from masked_ldm.data.dataset import collate
-    from masked_ldm.train import TrainConfig, Trainer, keyed_noise
+    from masked_ldm.train import TrainConfig, Trainer
+    from masked_ldm.training.step import StepDraw
+    from masked_ldm.training.timesteps import sample_noise
 
     got = {}
     for each in (False, True):
         tr = Trainer(
             TrainConfig.make(**{**quick, "per_person": each, "T": 1000}), tmp_path / str(each)
         )
-        counts = [len(r["people"]) for r in tr.train_set.rows]
+        pictures = tr.data.train
+        counts = [len(r["people"]) for r in pictures.rows]
         i, k = counts.index(1), max(range(len(counts)), key=counts.__getitem__)
-        noise, post, _ = keyed_noise(0, 0, range(2), tr.latent)
+        noise, posterior_noise, _ = sample_noise(0, 0, range(2), tr.latent_shape)
+        draw = StepDraw(noise, posterior_noise, torch.full((2,), 200))
         with torch.no_grad():
-            got[each] = tr.losses(
-                collate([tr.train_set[i], tr.train_set[k]]), noise, post, torch.full((2,), 200)
-            ).lpips
+            got[each] = tr.losses(collate([pictures[i], pictures[k]]), draw).lpips
     assert (
         counts[k] > 1
         and abs(got[True][0] - got[False][0]) < 1e-6
@@ -338,16 +330,17 @@ def test_not_finite_is_skipped_counted_and_ends(tmp_path, quick):
     from masked_ldm.train import TrainConfig, Trainer
 
     tr = Trainer(TrainConfig.make(**quick), tmp_path / "run")
-    b = collate([tr.train_set[i] for i in range(4)])
-    before = {n: p.clone() for n, p in tr.bare.named_parameters()}
+    b = collate([tr.data.train[i] for i in range(4)])
+    branch = tr.trained.branch
+    before = {n: p.clone() for n, p in branch.named_parameters()}
     b.pixels[0, 0, 0, 0] = float("nan")
     for _ in range(4):
-        assert tr.step([(range(4), b)]) is None
+        assert tr.step([(range(4), b)]) == []
     with pytest.raises(FloatingPointError, match="5 steps in a row"):
         tr.step([(range(4), b)])
     assert (
         tr.skipped == 5
-        and all(torch.equal(p, before[n]) for n, p in tr.bare.named_parameters())
+        and all(torch.equal(p, before[n]) for n, p in branch.named_parameters())
         and (tmp_path / "run" / "checkpoints" / "step_000005").is_dir()
     )
 
@@ -545,6 +538,7 @@ def test_gate_and_warm_up_reach_the_run(tmp_path, quick):
 
 def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeypatch):
     from masked_ldm import train as module
+    from masked_ldm.settings import is_user_error
 
     quick = {**quick, "val_pictures": 0, "max_steps": 4}
     whole = module.train(module.TrainConfig.make(**quick))
@@ -552,7 +546,7 @@ def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeyp
     losses = module.Trainer.losses
 
     def full(self, *a, **kw):
-        if self.step_done == 2:
+        if self.step_done == 2 and self.folder.path.name == "half":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return losses(self, *a, **kw)
 
@@ -563,7 +557,7 @@ def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeyp
         match=r"out of memory in step 3 .*resume=latest and gradient_checkpointing=True",
     ) as e:
         module.train(module.TrainConfig.make(**half))
-    assert module.told(e.value) and (tmp_path / "half" / "checkpoints" / "step_000002").is_dir()
+    assert is_user_error(e.value) and (tmp_path / "half" / "checkpoints" / "step_000002").is_dir()
     monkeypatch.setattr(module.Trainer, "losses", losses)
     rest = module.train(module.TrainConfig.make(**half, resume="latest"))
     a, b = weights(whole.path), weights(rest.path)
@@ -574,7 +568,8 @@ def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, 
     import huggingface_hub
     from accelerate import Accelerator
 
-    from masked_ldm.train import ConfigError, TrainConfig, train
+    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.training.config import ConfigError
 
     def away(*a, **kw):
         raise ConnectionError("no route to host")
@@ -658,7 +653,8 @@ def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypat
 
     monkeypatch.setattr(Image.Image, "save", full)
     for _ in range(2):
-        assert tr.may_fail("the sample grid", tr.grid) is None
+        tr.draw_grid()
+    assert not tr.grids
     said = capsys.readouterr().out.strip().splitlines()
     assert (
         said[-1]
@@ -670,7 +666,7 @@ def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypat
 def test_the_upload_holds_what_is_needed(tmp_path, monkeypatch):
     import huggingface_hub
 
-    from masked_ldm.training.logging import push_to_hub
+    from masked_ldm.training.hub import push_to_hub
 
     got = {}
     monkeypatch.setattr(
@@ -729,10 +725,10 @@ def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
 
 
 def test_one_folder_one_run(tmp_path, quick):
-    from masked_ldm.training.checkpoint import lock, unlock
+    from masked_ldm.training.run_folder import RunFolder
 
-    (tmp_path / "run").mkdir()
-    lock(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
     try:
         code, text = run(
             sys.executable,
@@ -742,11 +738,11 @@ def test_one_folder_one_run(tmp_path, quick):
             OMP_NUM_THREADS="1",
         )
     finally:
-        unlock(tmp_path / "run")
+        folder.unlock()
     assert (
         code == 1
         and text.strip().splitlines()[-1]
-        == f"masked-ldm-train: run folder {tmp_path / 'run'} is in use by process {os.getpid()}"
+        == f"masked-ldm-train: run folder {tmp_path / 'run'} is in use by another process"
     ), text
 
 
@@ -775,25 +771,35 @@ def test_a_dead_data_worker_is_said_in_one_sentence(whole, tmp_path):
 
 
 def test_a_full_disk_is_named_and_the_state_saved(tmp_path, quick, monkeypatch):
+    import builtins
+
     from masked_ldm import train as module
 
+    written, really_open = [], open
+
     class Full:
-        def __init__(self, f):
-            self.f, self.n = f, 0
+        "A file on a disk that is full from the third line on."
 
-        def write(self, s):
-            self.n += 1
-            if self.n == 3:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, text):
+            written.append(text)
+            if len(written) == 3:
                 raise OSError(28, "No space left on device")
-            self.f.write(s)
+            self.file.write(text)
 
-        def flush(self):
-            self.f.flush()
+    def open_full(path, mode="r", **kw):
+        file = really_open(path, mode, **kw)
+        return Full(file) if mode == "a" and str(path).endswith("metrics.jsonl") else file
 
-    loop = module.Trainer.loop
-    monkeypatch.setattr(
-        module.Trainer, "loop", lambda self, log, grids: loop(self, Full(log), grids)
-    )
+    monkeypatch.setattr(builtins, "open", open_full)
     with pytest.raises(
         OSError,
         match="metrics.jsonl cannot be written .No space left on device.; the state is saved in .*step_000003",
