@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test ablations docs readme clean
+.PHONY: setup train lint test ablations docs readme clean
 setup: .venv/installed
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,7 +13,12 @@ train: setup
 	@mkdir -p runs/tiny
 	$(BIN)/papermill nbs/05_train.ipynb runs/tiny/out.ipynb -p T 100 --log-output
 
-test: setup
+lint: setup
+	$(BIN)/ruff format --check --quiet nbs tests setup.py
+	$(BIN)/ruff check nbs tests masked_ldm
+	$(BIN)/mypy
+
+test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -12,7 +12,7 @@ import difflib
 import math
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,7 +172,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(**dict(kwargs, allow_abbrev=False))
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         "Parse all arguments; end with exit code 2 and a sentence if that cannot be done."
         found, rest = self.parse_known_args(args, namespace)
         if rest:

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -89,9 +90,9 @@ def test_parameter_comments_tell_the_presets():
         "sample_steps",
         "log_steps",
     ):
-        (line,) = (l for l in cell.source.splitlines() if l.startswith(f"{name} = None"))
-        told = re.split(r"\s{2,}", line.strip())[-1].lstrip("# ").split(" / ")[0]
-        assert float(told) == float(getattr(tiny, name)), line
+        (line,) = (row for row in cell.source.splitlines() if row.startswith(f"{name} = None"))
+        comment = re.split(r"\s{2,}", line.strip())[-1].lstrip("# ").split(" / ")[0]
+        assert float(comment) == float(getattr(tiny, name)), line
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -146,3 +147,110 @@ def test_quarto_file_is_one():
 def test_sidebar_lists_every_notebook():
     listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text()))
     assert listed == {str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS}
+
+
+# The package
+
+
+MODULES = {
+    ".".join(p.relative_to(ROOT / "masked_ldm").with_suffix("").parts): ast.parse(p.read_text())
+    for p in sorted((ROOT / "masked_ldm").rglob("*.py"))
+    if p.name not in ("_modidx.py", "__init__.py")
+}
+
+
+def imports_of(module):
+    "{(module of ours, name)} that a module imports, at its top or inside functions."
+    found = set()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = module.split(".")[: -node.level]
+            source = ".".join([*package, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                whole = f"{source}.{alias.name}".strip(".")
+                found.add((whole, "") if whole in MODULES else (source, alias.name))
+    return found
+
+
+def test_no_module_imports_a_private_name():
+    for module in MODULES:
+        for source, name in imports_of(module):
+            assert not name.startswith("_"), f"{module} imports {name} of {source}"
+
+
+def test_imports_have_no_circle():
+    left = {m: {source for source, _ in imports_of(m)} & set(MODULES) for m in MODULES}
+    while ready := [m for m, needs in left.items() if not needs]:
+        for m in ready:
+            del left[m]
+        for needs in left.values():
+            needs -= set(ready)
+    assert not left, f"a circle among {sorted(left)}"
+
+
+MAY_NOT_IMPORT = {  # a room, and the rooms it knows nothing of
+    "one_step|masked_lpips|face_loss|several_steps|models|toy": "data|training|train|evaluate|evaluation|sample|study",
+    "objective": "data|training|train|evaluate|evaluation|sample|study|toy",
+    "data": "training|train|evaluate|evaluation|sample|study",
+    "training|evaluation|sample|evaluate": "train|study",
+}
+
+
+@pytest.mark.parametrize("rooms", MAY_NOT_IMPORT)
+def test_imports_run_one_way(rooms):
+    for module in MODULES:
+        if module.split(".")[0] not in rooms.split("|"):
+            continue
+        for source, name in imports_of(module):
+            far = source.split(".")[0]
+            assert far not in MAY_NOT_IMPORT[rooms].split("|"), f"{module} imports {name or source}"
+
+
+def public_functions(tree):
+    "(name, node) of public functions and of the public methods of public classes."
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for method in node.body:
+                hidden = isinstance(method, ast.FunctionDef) and method.name.startswith("_")
+                if isinstance(method, ast.FunctionDef) and (
+                    not hidden or method.name == "__init__"
+                ):
+                    yield f"{node.name}.{method.name}", method
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_signatures_are_annotated(module):
+    for name, node in public_functions(MODULES[module]):
+        given = [
+            a for a in [*node.args.args, *node.args.kwonlyargs] if a.arg not in ("self", "cls")
+        ]
+        bare = [a.arg for a in given if a.annotation is None]
+        assert not bare, f"{module}.{name}: {', '.join(bare)} without a type"
+        assert node.returns is not None or name.endswith("__init__"), (
+            f"{module}.{name}: returns what?"
+        )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_classes_are_whole(module):
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.FunctionDef):
+            assert not any("patch" in ast.unparse(d) for d in node.decorator_list), node.name
+
+
+def test_folders_are_packages():
+    "A notebook in nbs/data exports to masked_ldm/data; the spine tells one of data's modules."
+    for path in NOTEBOOKS:
+        for c in cells(path):
+            if m := re.match(r"#\| default_exp (\S+)", c.source):
+                folder = path.parent.relative_to(ROOT / "nbs")
+                assert m[1].split(".")[:-1] == list(folder.parts) or path.stem == "01_data", path
+
+
+def test_sidebar_order_is_file_order():
+    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text())
+    for folder in {str(Path(p).parent) for p in listed} - {"experiments", "howto"}:
+        pages = [p for p in listed if str(Path(p).parent) == folder and p != "index.ipynb"]
+        assert pages == sorted(pages), folder
