@@ -37,7 +37,8 @@ from .latent_cache import build_cache, cache_folder, check_cache
 from .manifest import build_manifest, load_manifest
 from .tar_shards import index_shards, write_shards
 from ..models import load_base
-from ..training.config import TrainConfig, told
+from ..settings import is_user_error
+from ..training.config import TrainConfig
 
 # %% ../../nbs/data/12_command.ipynb #3378c1c6
 def _rule(a):  # parsed command line
@@ -372,7 +373,7 @@ def main(argv=None):  # command line; None: sys.argv
             f"{me}: {f'{e.filename}: {e.strerror}' if e.filename and e.strerror else e}"
         )
     except Exception as e:
-        if told(e):
+        if is_user_error(e):
             raise SystemExit(f"{me}: {e}")
         raise
     if code:
