@@ -58,7 +58,8 @@ def weights(path):
 
 def test_resumed_is_never_stopped(tmp_path, quick):
     "A15: bit-equal, in the middle of an epoch too."
-    from masked_ldm.train import ConfigError, TrainConfig, train
+    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.training.config import ConfigError
 
     whole = train(TrainConfig.make(**quick))
     half = {**quick, "out_dir": str(tmp_path / "half")}
@@ -140,7 +141,8 @@ def test_resumed_with_every_switch_is_never_stopped(name, tmp_path, quick):
 
 def test_back_to_an_older_checkpoint(tmp_path, quick):
     "What came later is set aside, not in the way; other settings are gone on with only when asked for; a newer or stranger checkpoint is refused."
-    from masked_ldm.train import ConfigError, TrainConfig, train
+    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.training.config import ConfigError
 
     kw = {**quick, "val_pictures": 0, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
     whole = train(TrainConfig.make(**kw))
@@ -566,7 +568,8 @@ def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, 
     import huggingface_hub
     from accelerate import Accelerator
 
-    from masked_ldm.train import ConfigError, TrainConfig, train
+    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.training.config import ConfigError
 
     def away(*a, **kw):
         raise ConnectionError("no route to host")

@@ -171,7 +171,7 @@ def batches(
             step_parts.append((part, batch))
         yield step_parts
 
-# %% ../../nbs/training/04_data.ipynb #492262f9
+# %% ../../nbs/training/04_data.ipynb #85ff2fee
 def usable_faces(
     face: FaceLoss | None,
     sample: dict[str, Any],  # of a `PersonDataset`
@@ -187,9 +187,10 @@ def calibrate_face_loss(
     face: FaceLoss,
     dataset: PersonDataset,
     device: torch.device | str,
+    say: Callable[[str], Any] = print,
     enough: int = 64,  # faces
-) -> int:  # faces it was calibrated on; below 2 it is left as it was
-    "Scale a face loss on training faces."
+) -> int:  # faces it was calibrated on
+    "Scale a face loss on training faces, if there are two or more."
     picked, found = [], 0
     for i, row in enumerate(dataset.rows):
         if not row["faces"] or found >= enough:
@@ -199,9 +200,13 @@ def calibrate_face_loss(
         if faces:
             picked.append(sample)
             found += faces
-    if found >= 2:
-        batch = collate(picked).to(device)
-        face.calibrate(batch.pixels, batch.boxes)
+    if found < 2:
+        say(
+            f"only {found} usable face(s) in the training pictures at {dataset.size} px: the face loss is not calibrated"
+        )
+        return found
+    batch = collate(picked).to(device)
+    face.calibrate(batch.pixels, batch.boxes)
     return found
 
 

@@ -20,7 +20,7 @@ from .networks import Networks
 from .optimizer import TrainedBranch
 from ..viz import image_grid
 
-# %% ../../nbs/training/13_evaluator.ipynb #d1a452f4
+# %% ../../nbs/training/13_evaluator.ipynb #fdb3aa5e
 class Evaluator:
     "Draws with the branch and judges it, beside the base."
 
@@ -92,9 +92,9 @@ def validation_scores(
     metrics: dict[str, Any],  # from `Evaluator.judge`
 ) -> dict[str, float | None]:  # score: mean change of people and faces; and the change of each part
     "Sum up a judgement; less is better."
-    changes = {}
-    for part, cuts in metrics["one_step"].items():
-        change = next(iter(cuts.values()))["change"]
-        changes[part] = change and round(change, 6)
+    changes = {
+        part: next(iter(cuts.values()))["change"] for part, cuts in metrics["one_step"].items()
+    }
     seen = [changes[part] for part in ("person", "face") if changes[part] is not None]
-    return dict(score=round(sum(seen) / max(1, len(seen)), 6), **changes)
+    scores = dict(score=sum(seen) / max(1, len(seen)), **changes)
+    return {name: value and round(value, 6) for name, value in scores.items()}

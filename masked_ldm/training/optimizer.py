@@ -37,7 +37,7 @@ def set_checkpointing(
             if hasattr(block, "gradient_checkpointing"):
                 block.gradient_checkpointing = False
 
-# %% ../../nbs/training/07_optimizer.ipynb #5fb302e7
+# %% ../../nbs/training/07_optimizer.ipynb #7a0d627a
 def prepare_networks(
     config: TrainConfig,
     base: Base,
@@ -46,14 +46,15 @@ def prepare_networks(
 ) -> None:
     "Set precision, checkpointing and memory order of a run's networks."
     unet: Any = base.unet
+    vae: Any = base.vae
     text_encoder: Any = base.text_encoder
     if config.mixed_precision == "bf16":
         text_encoder.to(torch.bfloat16)
         if device.type != "cpu":  # there autocast gives norms float32, so their weights stay so
             unet.to(torch.bfloat16)
-    set_checkpointing(branch, unet, base.vae, config.gradient_checkpointing)
+    set_checkpointing(branch, unet, vae, config.gradient_checkpointing)
     if config.channels_last:
-        for network in (branch, unet, base.vae):
+        for network in (branch, unet, vae):
             network.to(memory_format=torch.channels_last)
 
 

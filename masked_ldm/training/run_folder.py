@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['choose_run_folder', 'RunFolder']
 
-# %% ../../nbs/training/09_run_folder.ipynb #4a90e167
+# %% ../../nbs/training/09_run_folder.ipynb #8afb45e5
 import json
 import os
 import uuid
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,12 @@ from filelock import BaseFileLock
 from ..files import lock_folder, read_json, write_json, write_text
 from .config import ConfigError, TrainConfig
 
-# %% ../../nbs/training/09_run_folder.ipynb #738305bd
+# %% ../../nbs/training/09_run_folder.ipynb #6e97e053
 def _default_folder(config: TrainConfig) -> Path:
     "Name the next free folder of a preset, or, to go on, the last that is not free."
-    path = Path("runs") / config.preset
-    for number in count(2):
-        following = Path(f"runs/{config.preset}-{number}")
-        is_free = not (path / "config.json").is_file()
-        is_last = not (following / "config.json").is_file()
-        if is_free or (config.resume == "latest" and is_last):
-            return path
-        path = following
-    raise AssertionError("unreachable")
+    names = [f"runs/{config.preset}"] + [f"runs/{config.preset}-{i}" for i in range(2, 10000)]
+    free = next(i for i, name in enumerate(names) if not (Path(name) / "config.json").is_file())
+    return Path(names[max(0, free - 1)] if config.resume == "latest" else names[free])
 
 
 def choose_run_folder(config: TrainConfig) -> Path:

@@ -33,7 +33,7 @@ def sample_noise(
         t.append(torch.randint(0, 1000, (), generator=generator))
     return torch.stack(noise), torch.stack(posterior_noise), torch.stack(t)
 
-# %% ../../nbs/training/05_timesteps.ipynb #4c66af4e
+# %% ../../nbs/training/05_timesteps.ipynb #f769e523
 def _spread(
     low: int,
     high: int,
@@ -56,12 +56,11 @@ def stratified_timesteps(
         )
     generator = keyed_generator("strata", *key)
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
-    if T <= 0:
-        below = 0
-    elif T >= n:
-        below = batch
-    else:
+    below = 0
+    if 0 < T < n:
         below = min(batch - 1, max(1, round(batch * T / n)))
+    elif T > 0:
+        below = batch
     t = torch.cat([_spread(0, T, u[:below]), _spread(T, n, u[below:])])
     weights = torch.ones(batch)
     if 0 < below < batch:
