@@ -6,66 +6,69 @@
 __all__ = ['steps_down', 'ddim_step', 'predict_x0_steps']
 
 # %% ../nbs/02b_several_steps.ipynb #514ab4ac
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .one_step import predict_x0
 
 # %% ../nbs/02b_several_steps.ipynb #e61220b0
 def steps_down(
-    t,  # (B,) timesteps
-    k,  # number of steps
-):  # (k,B) long: the levels at which the model is asked, from t down, equally far apart
-    "Where k steps from t to 0 stop. Raises ValueError for k below 1."
+    t: Tensor,  # (B,) timesteps
+    k: int,  # number of steps
+) -> Tensor:  # (k,B) long, from t down, equally far apart
+    "The levels at which the model is asked. Raises ValueError for k below 1."
     if k < 1:
         raise ValueError(f"k must be 1 or more steps, not {k}")
     return torch.stack([(t.double() * (k - i) / k).round().long() for i in range(k)])
 
 
 def ddim_step(
-    model_output,  # (B, ...) at (x_t, t)
-    x_t,  # (B, ...)
-    t,
-    s,  # (B,) from where and to where, s <= t
-    scheduler,  # with `alphas_cumprod`
-):  # (x_s, x0_hat), float32 or wider
+    model_output: Tensor,  # (B, ...) at (x_t, t)
+    x_t: Tensor,  # (B, ...)
+    t: Tensor,  # (B,) from where
+    s: Tensor,  # (B,) and to where, s <= t
+    scheduler: Any,  # with `alphas_cumprod`
+) -> tuple[Tensor, Tensor]:  # x_s and x0_hat, float32 or wider
     "One deterministic DDIM step between any two timesteps, each sample its own."
-    x0 = predict_x0(model_output, x_t, t, scheduler)
-    shape = (-1, *[1] * (x0.ndim - 1))
-    abar = scheduler.alphas_cumprod.to(x0)
-    at, ats = abar[t].view(shape), abar[s].view(shape)
-    eps = (x_t.to(x0) - at.sqrt() * x0) / (1 - at).sqrt()
-    return ats.sqrt() * x0 + (1 - ats).sqrt() * eps, x0
+    x0_hat = predict_x0(model_output, x_t, t, scheduler)
+    shape = (-1, *[1] * (x0_hat.ndim - 1))
+    alphas_cumprod = scheduler.alphas_cumprod.to(x0_hat)
+    at_t = alphas_cumprod[t].view(shape)
+    at_s = alphas_cumprod[s].view(shape)
+    noise_hat = (x_t.to(x0_hat) - at_t.sqrt() * x0_hat) / (1 - at_t).sqrt()
+    return at_s.sqrt() * x0_hat + (1 - at_s).sqrt() * noise_hat, x0_hat
 
 # %% ../nbs/02b_several_steps.ipynb #ab037000
 def predict_x0_steps(
-    model,  # (x (B,...), t (B,)) -> model output; texts and branch closed over
-    x_t,  # (B, ...) noisy latents
-    t,  # (B,) or scalar timesteps
-    scheduler,  # as for `predict_x0`, with `alphas_cumprod`
-    k=1,  # model calls
-    remember=False,  # keep every step's activations instead of computing them again: k times the memory, less time
-):  # (B, ...) estimate of the clean latents, at least float32, with gradient through all k steps
-    "The k-step estimate of x_0; k = 1 is Eq. (4). The model must be deterministic, dropout off. Raises ValueError for a flow-matching scheduler or k below 1."
+    model: Callable[[Tensor, Tensor], Tensor],  # (x (B,...), t (B,)) -> model output
+    x_t: Tensor,  # (B, ...) noisy latents
+    t: Tensor | int,  # (B,) or scalar timesteps
+    scheduler: Any,  # as for `predict_x0`, with `alphas_cumprod`
+    k: int = 1,  # model calls
+    remember: bool = False,  # keep all activations: k times the memory, less time
+) -> Tensor:  # (B, ...) float32 or wider, with gradient through all k steps
+    "Estimate x_0 in k steps; one is Eq. (4). The model must have no dropout. No flows."
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod: several steps are DDIM steps"
         )
-    t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-    levels = steps_down(t, k)
+    levels = steps_down(torch.as_tensor(t, device=x_t.device).expand(len(x_t)), k)
+
+    def step(x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        model_output = model(x.to(x_t.dtype), t)  # in its own precision; between steps float32
+        return ddim_step(model_output, x, t, s, scheduler)
+
     x = x_t
     for i in range(k):
-        last = i == k - 1
-        s = levels[i] if last else levels[i + 1]
-
-        def step(x, t, s):
-            return ddim_step(
-                model(x.to(x_t.dtype), t), x, t, s, scheduler
-            )  # the model gets its own precision, the way between is float32
-
-        x, x0 = (
-            step(x, levels[i], s)
-            if remember or not torch.is_grad_enabled()
-            else checkpoint(step, x, levels[i], s, use_reentrant=False, preserve_rng_state=False)
-        )
-    return x0
+        s = levels[min(i + 1, k - 1)]
+        if remember or not torch.is_grad_enabled():
+            x, x0_hat = step(x, levels[i], s)
+        else:
+            x, x0_hat = checkpoint(
+                step, x, levels[i], s, use_reentrant=False, preserve_rng_state=False
+            )
+    return x0_hat

@@ -27,7 +27,7 @@ from .models import ControlledUNet
 from .objective import Terms, check_gradients
 from .provenance import provenance
 from .training import hub
-from .training.budget import OutOfMemory, advice, announced, is_out_of_memory
+from .training.memory_plan import OutOfMemory, advice, announced, is_out_of_memory
 from masked_ldm.training.checkpoint import (
     check_same_run,
     find_checkpoint,

@@ -1,41 +1,63 @@
 "The losses on real masks, and in the company of other code."
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from masked_ldm.masked_lpips import MaskedLPIPS
 from masked_ldm.toy.networks import random_tapnet
 
 
-def both(net, mask, seed=0):
-    "Values and gradients, on windows and on whole pictures."
-    g = torch.Generator().manual_seed(seed)
-    a, b = torch.rand(2, len(mask), 3, *mask.shape[-2:], generator=g, dtype=torch.float64) * 2 - 1
-    out = []
-    for crop in (True, False):
-        p = a.clone().requires_grad_()
-        v = MaskedLPIPS(net, crop=crop)(p, b, mask)
-        v.sum().backward()
-        out.append((v.detach(), p.grad))
-    return out
+@pytest.mark.parametrize("name", ["masked_lpips", "face_loss", "objective", "one_step"])
+def test_a_loss_loads_no_detector_no_plotting_and_no_data_code(name):
+    code = (
+        f"import sys; import masked_ldm.{name}; "
+        "print(*(m for m in sys.modules if m.startswith(("
+        "'facenet_pytorch', 'pycocotools', 'matplotlib', "
+        "'masked_ldm.data', 'masked_ldm.training', 'masked_ldm.toy'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
 
 
 @pytest.mark.skipif("MASKED_LDM_COCO" not in os.environ, reason="needs a COCO root")
-def test_windows_are_exact_on_real_masks(tmp_path):
+def test_it_is_the_papers_procedure_on_real_masks(tmp_path):
+    "Maps enlarged to the picture and averaged over the mask: the same values and gradients."
     from masked_ldm.data.dataset import PersonDataset
     from masked_ldm.data.manifest import build_manifest
 
-    ds = PersonDataset(
-        build_manifest(os.environ["MASKED_LDM_COCO"], "train", tmp_path, faces="none"), 256
-    )
-    mask = torch.stack([ds[i]["mask"] for i in range(8)])
-    (v, g), (w, h) = both(random_tapnet(0, widths=(8, 8, 8, 8)).double(), mask)
-    assert (v - w).abs().max() < 1e-12 and (g - h).abs().max() < 1e-12 and h.abs().max() > 1e-8
+    manifest = build_manifest(os.environ["MASKED_LDM_COCO"], "train", tmp_path, faces="none")
+    dataset = PersonDataset(manifest, 256)
+    mask = torch.stack([dataset[i]["mask"] for i in range(4)]).double()
+    gen = torch.Generator().manual_seed(0)
+    pred, target = torch.rand(2, 4, 3, 256, 256, generator=gen, dtype=torch.float64) * 2 - 1
+    loss = MaskedLPIPS(random_tapnet(0, widths=(8, 8, 8, 8)).double())
+
+    def papers(pred):
+        total = 0
+        for difference in loss.maps(pred, target):
+            enlarged = F.interpolate(difference, size=256, mode="bilinear")
+            total = total + (enlarged * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+        return total
+
+    found = []
+    for f in (lambda p: loss(p, target, mask), papers):
+        p = pred.clone().requires_grad_()
+        values = f(p)
+        found.append((values.detach(), torch.autograd.grad(values.sum(), p)[0]))
+    (value, gradient), (value_there, gradient_there) = found
+    assert (value - value_there).abs().max() < 1e-12
+    assert (gradient - gradient_there).abs().max() < 1e-12 and gradient.abs().max() > 1e-8
 
 
-def test_a_network_that_looks_everywhere_runs_whole():
+def test_a_network_that_looks_everywhere():
+    "An empty mask stays without a gradient, though every feature depends on every pixel."
+
     class Norm(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -47,21 +69,19 @@ def test_a_network_that_looks_everywhere_runs_whole():
 
     mask = torch.zeros(2, 1, 64, 64)
     mask[0, :, 5:20, 40:60] = 1
-    loss = MaskedLPIPS(Norm().double())
-    assert loss.reach((64, 64))[0] is None
-    (v, g), _ = both(Norm().double(), mask)
-    assert v[1] == 0 and not g[1].any()
+    net = Norm().double()
     torch.manual_seed(1)
     a, b = torch.rand(2, 2, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    p = a.clone().requires_grad_()
+    value = MaskedLPIPS(net)(p, b, mask)
+    value.sum().backward()
+    assert value[1] == 0 and not p.grad[1].any()
 
     def unit(f):
         return f / f.norm(dim=1, keepdim=True)
 
-    net = Norm().double()
-    plain = ((unit(net(a)[0]) - unit(net(b)[0])).square().sum(1)[0] * mask[0, 0]).sum() / mask[
-        0
-    ].sum()
-    assert abs(loss(a, b, mask.double())[0] - plain) < 1e-9  # the formula, on the whole picture
+    apart = (unit(net(a)[0]) - unit(net(b)[0])).square().sum(1)[0]
+    assert abs(value[0] - (apart * mask[0, 0]).sum() / mask[0].sum()) < 1e-9  # the formula
 
 
 def test_value_does_not_depend_on_the_batch_and_bf16_is_finite():
@@ -87,7 +107,7 @@ def test_value_does_not_depend_on_the_batch_and_bf16_is_finite():
 
 
 def test_fp16_keeps_its_gradient():
-    "As a loss scaler multiplies it: the gradient made on the way must not have underflowed before."
+    "As a loss scaler multiplies it."
     net, g = random_tapnet(0), torch.Generator().manual_seed(0)
     loss = MaskedLPIPS(net)
     a = torch.rand(1, 3, 512, 512, generator=g) * 2 - 1
@@ -243,9 +263,9 @@ def test_fp16_keeps_its_gradient_in_parts(step):
     small = torch.nn.Sequential(decoder[0], decoder[1])
     small[1].weight.data *= 1 / 64
 
-    def grad(half, at_once):
+    def grad(half, size):
         with torch.autocast("cpu", torch.float16, enabled=half):
-            total = losses(decode=lambda z: small(z), at_once=at_once, lambda1=0.5).total
+            total = losses(decode=lambda z: small(z), decode_batch=size, lambda1=0.5).total
         return (
             torch.cat([g.flatten().float() for g in torch.autograd.grad(total * 2**12, params)])
             / 2**12
@@ -253,3 +273,22 @@ def test_fp16_keeps_its_gradient_in_parts(step):
 
     want, got = grad(False, 0), grad(True, 1)
     assert (got - want).norm() < 0.1 * want.norm(), (got - want).norm() / want.norm()
+
+
+def test_parts_are_the_whole(step):
+    losses, params, _, _ = step
+    whole = torch.autograd.grad(losses().total, params)
+    terms = losses(decode_batch=1)
+    parts = torch.autograd.grad(terms.total, params)
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(whole, parts, strict=True))
+    assert terms.in_parts and len(terms.images) == 2
+
+
+def test_masked_lpips_is_differentiable_twice():
+    "Plain autograd inside: a gradient has a gradient."
+    loss = MaskedLPIPS(random_tapnet(0, widths=(4, 8)))
+    a, b = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    a.requires_grad_()
+    (g,) = torch.autograd.grad(loss(a, b, torch.ones(1, 1, 32, 32)).sum(), a, create_graph=True)
+    g.square().sum().backward()
+    assert a.grad.abs().sum() > 0

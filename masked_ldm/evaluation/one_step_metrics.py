@@ -16,7 +16,7 @@ import torch
 from ..data.dataset import PersonDataset, collate
 from .statistics import holm, paired
 from ..models import ControlledUNet, load_base, load_branch
-from ..one_step import predict_x0, target
+from ..one_step import diffusion_target, predict_x0
 from ..training.networks import judge_of_faces, judge_of_people
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #6fc5c04b
@@ -77,7 +77,7 @@ def one_step_scores(
             out["psnr"][s, k] = -10 * ((x0 - b.pixels) / 2).square().mean((1, 2, 3)).log10().cpu()
             out["face"][s, k] = torch.where(faces, face(x0, b.pixels, boxes), torch.nan).cpu()
             out["noise"][s, k] = (
-                (pred - target(z, eps, tt, base.scheduler)).square().mean((1, 2, 3)).cpu()
+                (pred - diffusion_target(z, eps, tt, base.scheduler)).square().mean((1, 2, 3)).cpu()
             )
     return Scores(**out, levels=tuple(levels))
 

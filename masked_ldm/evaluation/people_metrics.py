@@ -17,7 +17,8 @@ from PIL import Image
 from scipy import ndimage
 
 from .fid import as_uint8, clean_resize
-from ..face_loss import crop_faces, detect_faces
+from ..data.faces import detect_faces
+from ..face_loss import crop_faces
 from ..toy.networks import hits, limbs, peaks, tell
 
 # %% ../../nbs/evaluation/02_people_metrics.ipynb #a87f8231
