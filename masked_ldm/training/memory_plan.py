@@ -37,12 +37,11 @@ from ..face_loss import FaceLoss
 from ..files import read_json
 from ..masked_lpips import MaskedLPIPS
 from ..models import BASES, Base, ControlledUNet, make_branch
-from ..objective import MaskAwareObjective
 from .config import TrainConfig, training_pictures
 from .data import caches_latents
-from .networks import load_network, network_names
+from .networks import Networks, load_network, network_names
 from .optimizer import prepare_networks
-from .step import StepDraw, training_losses
+from .step import StepDraw, make_objective, training_losses
 
 # %% ../../nbs/training/08_memory_plan.ipynb #22f66101
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -252,8 +251,7 @@ def _batch(base: Base, config: TrainConfig, pictures: int, cached: bool) -> Batc
     side, latent_side = config.size, config.size // base.f
     mask = torch.ones(pictures, 1, side, side)
     faces = [[i, side / 4, side / 4, side / 2, side / 2] for i in range(pictures)]
-    width = base.unet.config["cross_attention_dim"]
-    return Batch(
+    batch = Batch(
         pixels=empty(pictures, 3, side, side),
         mask=mask,
         people=mask,
@@ -262,9 +260,11 @@ def _batch(base: Base, config: TrainConfig, pictures: int, cached: bool) -> Batc
         joints=torch.zeros(pictures, 17, 3),
         captions=[""] * pictures,
         image_ids=list(range(pictures)),
-        moments=empty(pictures, 8, latent_side, latent_side) if cached else None,
-        text=empty(pictures, 77, width) if cached else None,
     )
+    if cached:
+        batch.moments = empty(pictures, 8, latent_side, latent_side)
+        batch.text = empty(pictures, 77, base.unet.config["cross_attention_dim"])
+    return batch
 
 
 def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
@@ -296,17 +296,9 @@ def _step(
     prepare_networks(config, base, branch, torch.device("cuda"))
     for network in (base.vae, base.unet, base.text_encoder, branch):
         without_content(network)
-    losses = loss_networks(replace(config, val_pictures=0))
-    objective = MaskAwareObjective(
-        1000 if decoded else 0,
-        config.lambda1,
-        config.lambda2,
-        losses.get("lpips"),
-        losses.get("face"),
-        base.decode,
-        config.variant,
-        decode_batch=config.decode_batch,
-    )
+    losses = loss_networks(config)
+    networks = Networks(base, losses.get("lpips"), losses.get("face"), None, None)
+    objective = make_objective(replace(config, T=1000 if decoded else 0), networks)
     model = ControlledUNet(base.unet, branch)
     batch = _batch(base, config, pictures, cached)
     draw = _draw(base, config.size, pictures, decoded)
