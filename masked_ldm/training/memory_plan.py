@@ -23,9 +23,10 @@ import lpips
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging
 from facenet_pytorch import InceptionResnetV1
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,6 +92,8 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         "Run an operation, and count its work and the new storages among its results."
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True  # is it finite? Nobody knows, so it is
         if len(args) > 1 and isinstance(args[1], (list, tuple)) and "index" in str(func):
             args = (args[0], _by_number(args[1]), *args[2:])
         out = func(*args, **kwargs)
@@ -246,6 +249,17 @@ def _norms_in_float32(on: bool) -> Iterator[None]:
             setattr(F, name, norm)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    "Keep diffusers from warning of weights that none of these networks has."
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def _batch(base: Base, config: TrainConfig, pictures: int, cached: bool) -> Batch:
     "Pictures with one person and one face each."
     side, latent_side = config.size, config.size // base.f
@@ -293,7 +307,8 @@ def _step(
     base = empty_base(config.base)
     with torch.device("meta"):
         branch = make_branch(base.unet, base.f)
-    prepare_networks(config, base, branch, torch.device("cuda"))
+    with _silent():
+        prepare_networks(config, base, branch, torch.device("cuda"))
     for network in (base.vae, base.unet, base.text_encoder, branch):
         without_content(network)
     losses = loss_networks(config)
@@ -388,8 +403,8 @@ def plan(
 # %% ../../nbs/training/08_memory_plan.ipynb #0b50ad5f
 _SWITCHES: dict[str, dict[str, Any]] = {
     "mixed_precision=bf16": dict(mixed_precision="bf16"),
-    "decode_batch=1": dict(decode_batch=1),
     "gradient_checkpointing=True": dict(gradient_checkpointing=True),
+    "decode_batch=1": dict(decode_batch=1),
     "use_8bit_adam=True": dict(use_8bit_adam=True),
 }
 
@@ -406,14 +421,16 @@ def switch_table(
     lines += [f"| `{name}` | {p.gib:.2f} | {p.tflop:.2f} |" for name, p in rows.items()]
     return "\n".join(lines)
 
-# %% ../../nbs/training/08_memory_plan.ipynb #9bc1a092
+# %% ../../nbs/training/08_memory_plan.ipynb #1be96c64
 def _remedies(config: TrainConfig, processes: int, going_on: bool) -> Iterator[dict[str, Any]]:
     "Settings that need less memory, more and more of them."
     share = config.batch_size // processes
     checkpointing = dict(gradient_checkpointing=True)
-    yield dict(decode_batch=1)
+    if share > 1:
+        yield dict(decode_batch=1)
     yield checkpointing
-    yield checkpointing | dict(decode_batch=1)
+    if share > 1:
+        yield checkpointing | dict(decode_batch=1)
     parts = [n for n in range(2, share + 1) if share % n == 0]
     for n in (*parts[:1], *parts[-1:]):
         yield checkpointing | dict(decode_batch=1, gradient_accumulation_steps=n)
@@ -440,7 +457,7 @@ def _would_fit(config: TrainConfig, gib: float, processes: int, going_on: bool) 
             return f"{named} (planned {less:.3g} GiB, {now:.3g} as it is)"
     return "a smaller size, or a card with more memory"
 
-# %% ../../nbs/training/08_memory_plan.ipynb #098abdcc
+# %% ../../nbs/training/08_memory_plan.ipynb #74b780e7
 _USABLE = 0.92  # of a card's memory
 
 
@@ -465,7 +482,7 @@ def announced(
     free = torch.cuda.mem_get_info(device)[0] / 2**30
     return _announce(config, free, torch.cuda.get_device_name(device), processes)
 
-# %% ../../nbs/training/08_memory_plan.ipynb #24b83e2a
+# %% ../../nbs/training/08_memory_plan.ipynb #dcaff49d
 class OutOfMemory(RuntimeError):
     "There was not enough memory for a step; the message says what would fit."
 
