@@ -141,10 +141,14 @@ def make_settings(
     kinds = typing.get_type_hints(cls)
     for name in given:
         if name not in kinds:
-            raise ConfigError(f"unknown parameter {name!r}: {did_you_mean(name, kinds)}")
+            raise ConfigError(f"unknown parameter {name!r}; {did_you_mean(name, kinds)}")
     values = {k: convert(k, v, kinds[k]) for k, v in given.items() if v is not None}
     config = cls(**values)
-    check_settings(config)
+    check = getattr(config, "check", None)  # of a class whose fields depend on each other
+    if check:
+        check()
+    else:
+        check_settings(config)
     return config
 
 # %% ../nbs/08_settings.ipynb #3da950a7

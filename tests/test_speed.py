@@ -157,20 +157,3 @@ def test_eight_bit_resumes(tmp_path, quick):
     rest = train(TrainConfig.make(**half, resume="latest"))
     a, b = weights(whole.path), weights(rest.path)
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_run_on_a_gpu_announces_itself(monkeypatch):
-    "No GPU is needed: what the card says is given."
-    from masked_ldm.training import budget
-    from masked_ldm.training.config import TrainConfig
-
-    monkeypatch.setattr(budget.torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(budget, "throughput", lambda device, bf16: 1.0)
-    for gib, said in (
-        (12, "on a card with 12.0 GiB free"),
-        (0.2, "that will not fit, but this would: "),
-        (0.01, "this would: a smaller size"),
-    ):
-        monkeypatch.setattr(budget.torch.cuda, "mem_get_info", lambda device: (int(gib * 2**30), 0))
-        text = budget.announced(TrainConfig.make(T=1000, mixed_precision="bf16"), "cuda:0")
-        assert text.startswith("planned: ") and said in text, text

@@ -19,7 +19,7 @@ from ..data.dataset import Batch
 from ..models import Base
 from ..objective import MaskAwareObjective, Terms, warm_up
 from ..one_step import predict_x0
-from ..one_step import target as diffusion_target
+from ..one_step import diffusion_target
 from .config import TrainConfig
 from .networks import Networks
 from .optimizer import compiled
