@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from .data.dataset import PersonDataset, batch_keys, collate
 from .data.latent_cache import LatentCache, build_cache, cache_folder
 from .data.manifest import MANIFEST_VERSION, build_manifest
-from .evaluation.one_step_metrics import compare, format_metrics
+from .evaluation.one_step_metrics import format_metrics, one_step_metrics
 from .face_loss import FaceLoss
 from .masked_lpips import MaskedLPIPS
 from .models import BASES, ControlledUNet, load_base, make_branch
@@ -577,7 +577,7 @@ def judge(self: Trainer):
     if not self.judges:
         return None
     with self.acc.autocast(), self.averaged() as branch:
-        metrics, self.before, _ = compare(
+        metrics, self.before, _ = one_step_metrics(
             self.base,
             ControlledUNet(self.base.unet, branch.eval()),
             self.val_set,
