@@ -134,13 +134,15 @@ def inception_extractor(
     try:
         if weights is None:
             torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=False, check_hash=True)
+        # refuses a file that would execute code; the library below does not
+        torch.load(path, map_location="cpu", weights_only=True)
         network = NoTrainInceptionV3("inception", ["2048"], str(path)).to(device)
     except OSError as e:
         raise FileNotFoundError(
             f"FID's Inception weights are neither at {path} nor could be downloaded"
             f" ({type(e).__name__}): fetch {URL_INCEPTION_V3} and name the file"
         ) from None
-    except Exception as e:  # other layers, or no tensors at all; nothing in the file is executed
+    except Exception as e:  # other layers, or no tensors at all
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()[:120]
         raise ValueError(f"Inception weights {path} cannot be read: {reason}") from None
     return FeatureExtractor(

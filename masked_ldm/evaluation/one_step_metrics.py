@@ -216,12 +216,12 @@ def judge_runs(
         except (OSError, ValueError, KeyError) as e:
             reason = f"its record lacks {e}" if isinstance(e, KeyError) else e
             notes.append(f"no one-step metrics of {name}: {reason}")
-    first = next(iter(shared), None)
+    if not shared:
+        return {}, notes
+    first = next(iter(shared))
     alike = {name: Path(runs[name]) for name in shared if shared[name] == shared[first]}
     for name in shared.keys() - alike.keys():
         notes.append(f"no one-step metrics of {name}: other pictures or networks than {first}")
-    if first is None:
-        return {}, notes
     try:
         scores = _score_runs(alike, configs[first], device, n=n, levels=levels, seed=seed)
     except (OSError, ValueError) as e:

@@ -102,28 +102,25 @@ def _means(report: Mapping[str, Any]) -> str:
     return markdown_table(["", *models], rows)
 
 
-def _difference_row(name: str, difference: float | None, interval: str, rest: list[str]) -> list:
-    return [name, "-" if difference is None else f"{difference:+.3f}", interval, *rest]
+def _change(value: float | None, low: float | None, high: float | None) -> list[str]:
+    return ["-" if value is None else f"{value:+.3f}", format_interval(low, high)]
 
 
 def _pair(report: Mapping[str, Any], pair: str) -> str:
     rows = []
     for measure, test in report["paired"][pair].items():
-        interval = format_interval(test["difference_low"], test["difference_high"])
-        detectable = f"{test['detectable']:.3f}" if test["detectable"] else "-"
+        change = _change(test["difference"], test["difference_low"], test["difference_high"])
         ps = [format_p(test["p"]), format_p(test["p_holm"], True)]
-        rest = [*ps, detectable, str(test["n"])]
-        rows.append(_difference_row(_with_direction(measure), test["difference"], interval, rest))
+        detectable = f"{test['detectable']:.3f}" if test["detectable"] else "-"
+        rows.append([_with_direction(measure), *change, *ps, detectable, str(test["n"])])
     for region, pairs in report["distance_pairs"].items():
         if pair not in pairs:
             continue
         test, kid = pairs[pair], pairs[pair]["kid"]
-        interval = format_interval(test["low"], test["high"])
-        rest = ["", "", "", ""]
-        rows.append(_difference_row(f"Fréchet, {region} ↓", test["difference"], interval, rest))
-        interval = format_interval(kid["difference_low"], kid["difference_high"])
-        rest = [format_p(kid["p"]), "", "", ""]
-        rows.append(_difference_row(f"KID, {region} ↓", kid["difference"], interval, rest))
+        change = _change(test["difference"], test["low"], test["high"])
+        rows.append([f"Fréchet, {region} ↓", *change, "", "", "", ""])
+        change = _change(kid["difference"], kid["difference_low"], kid["difference_high"])
+        rows.append([f"KID, {region} ↓", *change, format_p(kid["p"]), "", "", str(kid["n"])])
     head = ["", "difference", "95% interval", "p", "p (Holm)", "detectable", "N"]
     return f"**{pair}, same prompts and noise**\n\n{markdown_table(head, rows)}"
 
