@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,47 +20,44 @@ def make_run(path, T=100, noise=0.03):
     for m in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
         m.weight.data.normal_(0, noise, generator=g)
     branch.save_pretrained(path / "controlnet")
-    (path / "config.json").write_text(
-        json.dumps(
-            dict(
-                base="tiny",
-                size=64,
-                T=T,
-                lambda1=0.2,
-                lambda2=0.5,
-                guidance_scale=3.0,
-                lpips_net="tiny",
-                face_net="tiny",
-            )
-        )
-    )
+    config = dict(base="tiny", size=64, T=T, lambda1=0.2, lambda2=0.5, guidance_scale=3.0)
+    config |= dict(lpips_net="tiny", face_net="tiny")
+    (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def quickly(monkeypatch, steps):
+    "Eight prompts, a few steps."
+    from masked_ldm import evaluate
+
+    few = dict(n=8, sample_scheduler="dpm", sample_steps=steps)
+    monkeypatch.setitem(evaluate.PROTOCOLS, "quick", few)
 
 
 def test_one_command(tmp_path, monkeypatch):
     from masked_ldm import evaluate as e
 
-    monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=3, guidance=None))
-    a, b = make_run(tmp_path / "plain", 0), make_run(tmp_path / "ours", 100)
+    quickly(monkeypatch, 3)
+    runs = [make_run(tmp_path / "plain", 0), make_run(tmp_path / "ours", 100)]
     out = tmp_path / "out"
-    r = e.evaluate([a, b], n_ref=24, out=out, device="cpu")
-    assert {"evaluation.json", "grid.png", "failures.png", "set.json", "pictures"} <= {
-        p.name for p in out.iterdir()
-    } and len(list((out / "pictures").iterdir())) == 24
-    assert (
-        r["paper_rows"]
-        == dict(base="Stable Diffusion", plain="baseline ControlNet", ours="Masked LDM, T=100")
-        and not r["judge"].startswith("FID")
-        and r["paired"]["ours minus plain"]["attributes"]["n"] == 8
+    settings = e.EvalSettings(reference=24, out=str(out))
+    r = e.evaluate(runs, settings, "cpu")
+    promised = {"evaluation.json", "grid.png", "failures.png", "set.json", "pictures"}
+    assert promised <= {p.name for p in out.iterdir()}
+    assert len(list((out / "pictures").iterdir())) == 24
+    assert r["paper_rows"] == dict(
+        base="Stable Diffusion", plain="baseline ControlNet", ours="Masked LDM, T=100"
     )
+    assert not r["judge"].startswith("FID")
+    assert r["paired"]["ours minus plain"]["attributes"]["n"] == 8
+    assert r["settings"]["guidance"] == 3  # the run's
     text = e.format_report(r) + e.table1(r)
-    assert (
-        "ours minus plain, same prompts and noise" in text
-        and "(floor)" in text
-        and "reference of 24 pictures" in text
-    )
-    again = e.evaluate([a, b], n_ref=24, out=out, device="cpu")
+    assert "ours minus plain, same prompts and noise" in text
+    assert "(floor)" in text and "reference of 24 pictures" in text
+    again = e.evaluate(runs, settings, "cpu")
     assert again["models"] == r["models"] and again["paired"] == r["paired"]
+    with pytest.raises(ValueError, match="holds pictures drawn otherwise"):
+        e.evaluate(runs, e.EvalSettings(reference=24, out=str(out), guidance_scale=4.0), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -78,27 +76,31 @@ def test_bad_pixels_are_refused(x, said):
 
 
 def test_too_few_and_other_weights():
-    from masked_ldm.evaluation.fid import Features, frechet, kid
+    from masked_ldm.evaluation.fid import FeatureExtractor, frechet_distance, kid_pseudo_values
 
     with pytest.raises(ValueError, match="at least 2 pictures"):
-        frechet(np.zeros((1, 4)), np.zeros((9, 4)))
+        frechet_distance(np.zeros((1, 4)), np.zeros((9, 4)))
     with pytest.raises(ValueError, match="at least 4 pictures"):
-        kid(np.zeros((3, 4)), np.zeros((9, 4)))
-    assert (
-        Features("inception", None, 299, "0" * 64).title != "FID"
-        and Features("inception", None, 299, "6726825d").title == "FID"
-    )
+        kid_pseudo_values(np.zeros((3, 4)), np.zeros((9, 4)))
+    assert FeatureExtractor("inception", None, 299, "0" * 64).title != "FID"
+    assert FeatureExtractor("inception", None, 299, "6726825d").title == "FID"
 
 
-def test_command_says_it_in_one_sentence(tmp_path):
-    code, text = run(sys.executable, "-c", "from masked_ldm.evaluate import main; main()", tmp_path)
+@pytest.mark.parametrize(
+    "start", [["-c", "from masked_ldm.evaluate import main; main()"], ["-m", "masked_ldm.evaluate"]]
+)
+def test_command_says_it_in_one_sentence(tmp_path, start):
+    code, text = run(sys.executable, *start, tmp_path)
     last = text.strip().splitlines()[-1]
-    assert (
-        code == 1
-        and last.startswith("masked-ldm-eval: ")
-        and "config.json is missing" in last
-        and "Traceback" not in text
-    ), text
+    assert code == 1 and last.startswith("masked-ldm-eval: "), text
+    assert "config.json is missing" in last and "Traceback" not in text, text
+
+
+def test_a_setting_that_cannot_be(tmp_path):
+    start = "from masked_ldm.evaluate import main; main()"
+    code, text = run(sys.executable, "-c", start, tmp_path, "--protocol", "slow")
+    said = "masked-ldm-eval: protocol must be one of quick, recommended, paper, not 'slow'"
+    assert code == 1 and text.strip().splitlines()[-1] == said
 
 
 def test_a_run_on_the_hub(tmp_path, monkeypatch):
@@ -115,40 +117,48 @@ def test_a_run_on_the_hub(tmp_path, monkeypatch):
     )
     pipe = MaskedLDMPipeline.from_run("somebody/ours", strength=0.5)
     assert pipe.strength == 0.5 and asked == [("somebody/ours", ["config.json", "controlnet/*"])]
-    assert MaskedLDMPipeline.from_pretrained("somebody/ours").strength == 1 and list(
-        load_models(["somebody/ours"])
-    ) == ["base", "ours"]
+    assert MaskedLDMPipeline.from_pretrained("somebody/ours").strength == 1
+    assert list(load_models(["somebody/ours"])) == ["base", "ours"]
 
 
 def test_the_report_says_how_it_was_made(tmp_path, monkeypatch):
     "Command, settings of the runs, commit, judges and the origin of the reference are written by the program."
     from masked_ldm import evaluate as e
 
-    monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, scheduler="dpm", steps=2, guidance=None))
+    quickly(monkeypatch, 2)
     a, b = make_run(tmp_path / "plain", 0), make_run(tmp_path / "ours", 100)
     e.main([str(a), str(b), "--reference", "24", "--out", str(tmp_path / "out")])
     r = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert (
-        r["command"] == f"masked-ldm-eval {a} {b} --protocol quick --reference 24 --seed 0"
-        and r["runs"]["ours"]["T"] == 100
-        and r["runs"]["plain"]["T"] == 0
-    )
-    assert list(r["paired"]) == ["plain minus base", "ours minus base", "ours minus plain"] and {
-        "difference",
-        "difference_low",
-        "difference_high",
-        "p",
-        "p_holm",
-    } <= set(r["paired"]["ours minus plain"]["joints"])
-    assert (
-        set(r["distance_pairs"]["whole"]["ours minus plain"])
-        == {"difference", "low", "high", "p", "kid"}
-        and "people 2200 to 3199" in r["reference_is"]
-        and "judge" in r["judges"]["joints"]
-    )
-    assert r["provenance"]["versions"]["torch"] and (
-        r["provenance"]["commit"] or not (e.Path(__file__).parent.parent / ".git").exists()
-    )
+    assert r["command"] == f"masked-ldm-eval {a} {b} --protocol quick --reference 24 --seed 0"
+    assert r["runs"]["ours"]["T"] == 100 and r["runs"]["plain"]["T"] == 0
+    assert list(r["paired"]) == ["plain minus base", "ours minus base", "ours minus plain"]
+    row = {"difference", "difference_low", "difference_high", "p", "p_holm"}
+    assert row <= set(r["paired"]["ours minus plain"]["joints"])
+    distance = {"difference", "low", "high", "kid"}
+    assert set(r["distance_pairs"]["whole"]["ours minus plain"]) == distance
+    assert "people 2200 to 3199" in r["reference_is"] and "judge" in r["judges"]["joints"]
+    assert r["provenance"]["versions"]["torch"]
+    assert r["provenance"]["commit"] or not (Path(e.__file__).parent.parent / ".git").exists()
+
+
+def test_what_cannot_be_loaded_is_left_out_and_said(monkeypatch):
+    "Photographs on a machine without ViTPose and Inception."
+    from masked_ldm import evaluate as e
+
+    def missing(what):
+        def make(*args, **kwargs):
+            raise FileNotFoundError(f"{what} is not there")
+
+        return make
+
+    monkeypatch.setattr(e, "ViTPose", missing("ViTPose"))
+    monkeypatch.setattr(e, "inception_extractor", missing("Inception"))
+    monkeypatch.setattr(e, "clip_score", missing("CLIP"))
+    judges = e.Judges(toy=False)
+    assert set(judges.names.values()) == {"nobody"}
+    judged = judges([], e.HeldOut([], np.array([]), None, [], [], ""))
+    assert not judged.values and not judged.crops
+    assert judges.notes == [f"{what} is not there" for what in ("ViTPose", "Inception", "CLIP")]
 
 
 def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
@@ -156,23 +166,15 @@ def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
     from masked_ldm.data.manifest import build_manifest
     from masked_ldm.evaluate import held_out
 
-    where, config = (
-        {
-            s: str(build_manifest(world, s, tmp_path / s, 0.05, "annotation"))
-            for s in ("train", "val")
-        },
-        dict(data_root=str(world), size=64),
-    )
+    where = {
+        s: str(build_manifest(world, s, tmp_path / s, 0.05, "annotation")) for s in ("train", "val")
+    }
+    config = dict(data_root=str(world), size=64)
     few, many = held_out(config, where, 4, 3), held_out(config, where, 4, 40)
-    assert (
-        len(few.prompts) == len(few.real) == 4
-        and len(few.reference) == 3
-        and len(many.reference) == 40
-    )
-    assert (
-        few.reference_is == "validation pictures that are no prompts"
-        and many.reference_is.startswith("training pictures, since only")
-    )
+    assert len(few.prompts) == len(few.real) == 4
+    assert len(few.reference) == 3 and len(many.reference) == 40
+    assert few.reference_is == "validation pictures that are no prompts"
+    assert many.reference_is.startswith("training pictures, since only")
     with pytest.raises(ValueError, match="names no 'val'"):
         held_out(config, {}, 4, 3)
     assert not {p.tobytes() for p in few.real} & {p.tobytes() for p in few.reference}
