@@ -463,7 +463,7 @@ def _why_dead(name: str, terms: Terms) -> str:
         if alive and not _norms_at_estimate(name, terms).any():
             return (
                 "the graph is whole and carries zeros: the picture is clamped where every pixel "
-                "is saturated, or multiplied by 0, or the loss' network runs under torch.no_grad()"
+                "is saturated, or multiplied by 0"
             )
     if alive:
         return (
