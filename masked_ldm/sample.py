@@ -358,7 +358,9 @@ def main(
 ) -> None:
     "Draw pictures of runs beside their base, from the same noise."
     parser = Parser(prog="masked-ldm-sample", description=main.__doc__)
-    parser.add_argument("runs", nargs="+", help="run folders or Hub ids; the first one's sampler")
+    parser.add_argument(
+        "runs", nargs="+", help="run folders or Hub ids; drawn as the first one draws"
+    )
     add_settings(parser, SampleSettings)
     line = parser.parse_args(argv)
     given = settings_given(SampleSettings, line)
