@@ -404,7 +404,6 @@ def plan(
 _SWITCHES: dict[str, dict[str, Any]] = {
     "mixed_precision=bf16": dict(mixed_precision="bf16"),
     "gradient_checkpointing=True": dict(gradient_checkpointing=True),
-    "decode_batch=1": dict(decode_batch=1),
     "use_8bit_adam=True": dict(use_8bit_adam=True),
 }
 
