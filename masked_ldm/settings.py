@@ -184,7 +184,12 @@ class Parser(argparse.ArgumentParser):
         if rest:
             known = [name for action in self._all_actions() for name in action.option_strings]
             flags = [a for a in rest if a.startswith("-")]
-            hint = f"; {did_you_mean(flags[0].split('=')[0], known)}" if flags else ""
+            hint = ""
+            if flags:
+                name = flags[0].split("=")[0]
+                hint = f"; {did_you_mean(name, known)}"
+                if name in known:
+                    hint = "; another command has it"
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return found
 
@@ -200,9 +205,12 @@ class Parser(argparse.ArgumentParser):
 def add_settings(
     parser: argparse.ArgumentParser,
     cls: type,  # a settings class
+    skip: Iterable[str] = (),  # fields that become no flag
 ) -> None:
     "Add a flag for every setting; what is not given stays None."
     for name, kind in typing.get_type_hints(cls).items():
+        if name in skip:
+            continue
         f = next(f for f in fields(cls) if f.name == name)
         about = f.metadata["help"] + (f"; {range_of(f.metadata)}" if range_of(f.metadata) else "")
         if f.default is not None and f.default is not MISSING:
@@ -210,7 +218,8 @@ def add_settings(
         many = list in (kind, *typing.get_args(kind))
         parser.add_argument(
             f"--{name}",
-            action="append" if many else "store",
+            action="extend" if many else "store",
+            nargs="+" if many else None,
             metavar=name.rpartition("_")[2].upper(),
             help=about.replace("%", "%%"),
         )
@@ -221,7 +230,7 @@ def settings_given(
     namespace: argparse.Namespace,  # a parsed command line
 ) -> dict[str, Any]:
     "The values of a command line that belong to a settings class, for `make_settings`."
-    return {f.name: getattr(namespace, f.name) for f in fields(cls)}
+    return {f.name: getattr(namespace, f.name, None) for f in fields(cls)}
 
 # %% ../nbs/08_settings.ipynb #e5fc9f7a
 def _module(names: dict[str, Any]) -> str:

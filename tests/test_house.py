@@ -14,7 +14,7 @@ from readme import readme
 PAPERMILL = [
     "05_train",
     "06_evaluate",
-    "toy/05_build_base",
+    "experiments/build_base",
     "experiments/base_quality",
     "experiments/metrics_validation",
     "experiments/loss_cost",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dataset import PersonDataset
-from ..evaluation.one_step_metrics import compare as one_step_metrics
+from ..evaluation.one_step_metrics import one_step_metrics
 from ..models import ControlledUNet
 from ..sample import PROMPTS, MaskedLDMPipeline, sample
 from .config import TrainConfig
