@@ -356,17 +356,16 @@ def evaluate_models(
     data_file = next(iter(runs.values()), Path()) / "data.json"
     data = read_json(data_file) if runs and data_file.is_file() else {}
     sampler = settings.sampler(config)
-    drawing = {k.removesuffix("_scale"): v for k, v in sampler.items()}
     drawn_as = {"size": sampler["size"]} if sampler["size"] else {}
     prompts = held_out({**config, **drawn_as}, data, settings.prompts, settings.reference)
 
-    files = picture_set(models, prompts.prompts, folder, settings.seed, **drawing)
+    files = picture_set(models, prompts.prompts, folder, settings.seed, **sampler)
     judges = Judges(prompts.scenes is not None, settings.inception, device)
     pictures = dict(real=prompts.real)
     for name, paths in files.items():
         pictures[name] = [Image.open(path).convert("RGB") for path in paths]
     judged = {name: judges(images, prompts) for name, images in pictures.items()}
-    compare_grid(models, PROMPTS, settings.seed, **drawing).save(folder / "grid.png")
+    compare_grid(models, PROMPTS, settings.seed, **sampler).save(folder / "grid.png")
     failures(pictures, judged, prompts.prompts).save(folder / "failures.png")
 
     numbers = _numbers(judged, judges, prompts, folder)
@@ -380,7 +379,7 @@ def evaluate_models(
         protocol=settings.protocol,
         n=len(prompts.prompts),
         seed=settings.seed,
-        settings=drawing,
+        settings={name.removesuffix("_scale"): value for name, value in sampler.items()},
         **numbers,
         paper_rows={"base": paper_row(None)} | {k: paper_row(c) for k, c in configs.items()},
         one_step=one_step,

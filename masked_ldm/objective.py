@@ -10,6 +10,7 @@ __all__ = ['GATES', 'BANDS', 'term_weights', 'gate_weight', 'warm_up', 'publishe
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ class _Truth:
 class _PeopleTerm:
     "Masked LPIPS."
 
-    loss: MaskedLPIPS
+    loss: Any  # a `MaskedLPIPS`
     weight: float  # lambda1
 
     def present(self, truth: _Truth) -> Tensor:  # (B,) bool
@@ -135,7 +136,7 @@ class _PeopleTerm:
 class _FaceTerm:
     "The face loss."
 
-    loss: FaceLoss
+    loss: Any  # a `FaceLoss`
     weight: float  # lambda2
 
     def present(self, truth: _Truth) -> Tensor:  # (B,) bool
@@ -265,8 +266,8 @@ class MaskAwareObjective(nn.Module):
         T: float,  # perceptual terms where t < T; 0 never, 1000 always
         lambda1: float,  # weight of `lpips`
         lambda2: float,  # weight of `face`; lambda1 + lambda2 <= 1
-        lpips: MaskedLPIPS,  # may be None where its weight is 0
-        face: FaceLoss,  # may be None where its weight is 0
+        lpips: MaskedLPIPS | None,  # None only where its weight is 0
+        face: FaceLoss | None,  # None only where its weight is 0
         decode: Callable[[Tensor], Tensor],  # latents -> RGB in [-1,1], with gradient
         variant: str = "paper",  # or "as_published": the authors' code, to compare with
         gate: str | Callable[[Tensor], Tensor] = "hard",  # as in `gate_weight`

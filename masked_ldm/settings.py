@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Settings', 'ConfigError', 'setting', 'convert', 'range_of', 'check_settings', 'did_you_mean', 'make_settings',
-           'settings_table', 'Parser', 'add_settings', 'settings_given', 'is_user_error', 'run_command', 'is_main']
+           'settings_table', 'Parser', 'add_settings', 'settings_given', 'is_user_error', 'first_line', 'run_command',
+           'is_main']
 
 # %% ../nbs/08_settings.ipynb #50755173
 import argparse
@@ -248,6 +249,12 @@ def is_user_error(error: BaseException) -> bool:
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
     return traceback is not None and _module(traceback.tb_frame.f_globals).startswith("masked_ldm")
+
+
+def first_line(error: BaseException) -> str:
+    "The first line of an error's message, or its kind where it says nothing."
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def run_command(

@@ -14,7 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .settings import Parser, add_settings, is_main, run_command, settings_given
+from masked_ldm.settings import (
+    Parser,
+    add_settings,
+    first_line,
+    is_main,
+    run_command,
+    settings_given,
+)
 from .training.config import TrainConfig
 
 # %% ../nbs/05_train.ipynb #3ddf903a
@@ -27,7 +34,6 @@ from .models import ControlledUNet
 from .objective import Terms, check_gradients
 from .provenance import provenance
 from .training import hub
-from .training.memory_plan import OutOfMemory, advice, announced, is_out_of_memory
 from masked_ldm.training.checkpoint import (
     check_same_run,
     find_checkpoint,
@@ -46,6 +52,7 @@ from masked_ldm.training.data import (
 )
 from .training.evaluator import Evaluator, validation_scores
 from .training.logging import PartLosses, RunLog, check_tracker
+from .training.memory_plan import OutOfMemory, advice, announced, is_out_of_memory
 from .training.networks import load_networks
 from .training.optimizer import TrainedBranch, compiled
 from .training.processes import join_processes, make_accelerator, pictures_at_once
@@ -142,11 +149,11 @@ class Trainer:
         noise, posterior_noise, _ = sample_noise(c.seed, -1, range(len(batch)), self.latent_shape)
         draw = StepDraw(noise, posterior_noise, torch.full((len(batch),), c.T // 2))
         model = ControlledUNet(self.base.unet, self.trained.branch)
-        self.objective.at_once = 0  # decoded a few at a time, a term's own gradient is gone
+        self.objective.decode_batch = 0  # decoded a few at a time, a term's own gradient is gone
         terms = self.losses(batch, draw, model, c.lambda_warmup_steps)
         names = [name for name, is_expected in expected.items() if is_expected]
-        self.norms = check_gradients(terms, self.trained.weights, names)
-        self.objective.at_once = c.decode_batch
+        self.norms = check_gradients(terms, self.trained.weights, tuple(names))
+        self.objective.decode_batch = c.decode_batch
         if is_perceptual and c.lambda2 and not has_faces:
             self.accelerator.print(
                 "no usable face in the 64 pictures looked at: the face loss could not be checked"
@@ -323,7 +330,7 @@ class Trainer:
         except (RuntimeError, MemoryError) as e:
             if not is_out_of_memory(e):
                 raise
-            begin, kept = str(e).splitlines()[0], ""
+            begin, kept = first_line(e), ""
             if self.step_done == step > 0 and self.is_main:  # the weights are still untouched
                 self.trained.optimizer.zero_grad()
                 self.checkpoint()
@@ -416,7 +423,7 @@ def train(config: TrainConfig) -> RunResult:
         state = join_processes()
         would_fit = advice(config, state.device, state.num_processes, False)
         raise OutOfMemory(
-            f"out of memory outside the steps ({str(e).splitlines()[0]}); try {would_fit}"
+            f"out of memory outside the steps ({first_line(e)}); try {would_fit}"
         ) from None
     finally:
         RunFolder(path).unlock()

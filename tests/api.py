@@ -8,32 +8,33 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def _public_names(tree):
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def _anchor(symbols, full):
+    "Where a name is documented on its notebook's page; empty for a constant."
+    return "#" + symbols[full][0].split("#")[1] if full in symbols else ""
+
+
 @lru_cache(None)
 def modules():
-    "{module: dict(notebook, says, names: {public name: its anchor on the notebook's page, or ''})}, in the sidebar's order."
-    listed, out = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text()), {}
-    syms = ast.literal_eval(
-        (ROOT / "masked_ldm" / "_modidx.py").read_text().split("=", 1)[1].strip()
-    )["syms"]
-    for full, known in syms.items():
-        tree = ast.parse(text := (ROOT / (full.replace(".", "/") + ".py")).read_text())
-        (names,) = (
-            ast.literal_eval(n.value)
-            for n in tree.body
-            if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
-        )
-
-        def anchor(name):
-            return (
-                "#" + known[f"{full}.{name}"][0].split("#")[1] if f"{full}.{name}" in known else ""
-            )
-
-        out[full.partition(".")[2]] = dict(
+    "{module: dict(notebook, says, names: {public name: its anchor or ''})}, in the sidebar's order."
+    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text())
+    index = (ROOT / "masked_ldm" / "_modidx.py").read_text().split("=", 1)[1].strip()
+    found = {}
+    for full, symbols in ast.literal_eval(index)["syms"].items():
+        text = (ROOT / (full.replace(".", "/") + ".py")).read_text()
+        tree = ast.parse(text)
+        found[full.partition(".")[2]] = dict(
             notebook=re.search(r"File to edit: (?:\.\./)+nbs/(.+\.ipynb)", text)[1],
             says=ast.get_docstring(tree),
-            names={n: anchor(n) for n in names},
+            names={n: _anchor(symbols, f"{full}.{n}") for n in _public_names(tree)},
         )
-    return dict(sorted(out.items(), key=lambda kv: listed.index(kv[1]["notebook"])))
+    return dict(sorted(found.items(), key=lambda item: listed.index(item[1]["notebook"])))
 
 
 HEAD = """# Reference: modules and their names

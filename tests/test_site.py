@@ -18,6 +18,8 @@ import yaml
 from api import api, modules
 from conftest import NOTEBOOKS, ROOT
 
+from masked_ldm.settings import Parser, make_settings, settings_given
+
 NBS = ROOT / "nbs"
 PAGES = sorted(
     [
@@ -290,6 +292,7 @@ def _parser(main):
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(argparse.ArgumentParser, "parse_args", stop)
+        m.setattr(Parser, "parse_args", stop)
         try:
             main([])
         except Got as e:
@@ -318,12 +321,25 @@ def parsers():
     }
 
 
+def settings_classes():
+    "{program: its settings class}, for commands that have one."
+    from masked_ldm.evaluate import EvalSettings
+    from masked_ldm.sample import SampleSettings
+    from masked_ldm.study.app import StudySettings
+
+    return {
+        "masked-ldm-eval": EvalSettings,
+        "masked-ldm-sample": SampleSettings,
+        "masked-ldm-study": StudySettings,
+    }
+
+
 def _settings(given, processes=1):
     "A run's settings, checked but for what is on the disk and what is installed."
     from masked_ldm.training import config
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(config, "_check_root", lambda root: None)
+        m.setattr(config, "_check_data_root", lambda root: None)
         m.setattr(config, "find_spec", lambda name: True)
         c = config.TrainConfig.make(**given)
     assert c.batch_size % (processes * c.gradient_accumulation_steps) == 0, (
@@ -337,10 +353,13 @@ def _ours(program, args, processes=1):
     a = parsers()[program].parse_args(args)
     if program == "masked-ldm-train":
         _settings(vars(a), processes)
+    for program_of, cls in settings_classes().items():
+        if program == program_of:
+            make_settings(cls, settings_given(cls, a))
     if program == "masked-ldm-data":
         with pytest.MonkeyPatch.context() as m:
             m.setattr(data_command, "check_device", lambda name: None)
-            data_command.check_line(parsers()[program], a)
+            data_command.read_settings(a)
 
 
 def _launcher(program, args):
@@ -452,11 +471,11 @@ def blocks(page):
 
 COMMANDS = sorted(
     {
-        (name(p), l.strip())
+        (name(p), row.strip())
         for p in READ
         for _, b in blocks(p)
-        for l in b.splitlines()
-        if l.split("#")[0].strip()
+        for row in b.splitlines()
+        if row.split("#")[0].strip()
     }
 )
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_papermill_run(tmp_path, quick):
     code, text = papermill(tmp_path / "o.ipynb", *quick.items(), ("T", 400))
     assert code == 0, text
     out = tmp_path / "run"
-    rows = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and json.loads(
         (out / "config.json").read_text()
     )["T"] == 400
@@ -179,7 +180,7 @@ def test_back_to_an_older_checkpoint(tmp_path, quick):
 
 
 def curve(folder):
-    return [json.loads(l) for l in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_are_one(tmp_path, quick):
@@ -240,7 +241,7 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
 
 @pytest.mark.parametrize(
     "switches",
-    [dict(), dict(stratified_t=True), dict(stratified_t=True, max_decoded=3), dict(max_decoded=5)],
+    [{}, dict(stratified_t=True), dict(stratified_t=True, max_decoded=3), dict(max_decoded=5)],
     ids=str,
 )
 def test_samples_are_dealt_evenly(switches):
@@ -659,7 +660,7 @@ def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypat
     assert (
         said[-1]
         == f"the sample grid failed, the run goes on without it: OSError: {tmp_path / 'run' / 'samples' / 'step_000000.png'} cannot be written (No space left on device)"
-        and sum("sample grid" in l for l in said) == 1
+        and sum("sample grid" in row for row in said) == 1
     )
 
 
@@ -758,7 +759,7 @@ def test_a_dead_data_worker_is_said_in_one_sentence(whole, tmp_path):
     }
     p = start(*flags(given))
     wait_for(lambda: steps_done(tmp_path / "run") >= 2)
-    children = [int(c) for c in open(f"/proc/{p.pid}/task/{p.pid}/children").read().split()]
+    children = [int(c) for c in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
     assert children
     os.kill(children[-1], signal.SIGKILL)
     text = p.communicate(timeout=120)[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DownloadSettings', 'run_download', 'OutSettings', 'run_build', 'InspectSettings', 'run_inspect', 'CheckSettings',
            'run_check', 'CalibrateSettings', 'run_calibrate', 'FacesSettings', 'run_faces', 'CacheSettings',
-           'run_cache', 'make_parser', 'main']
+           'run_cache', 'make_parser', 'read_settings', 'main']
 
 # %% ../../nbs/data/12_command.ipynb #19466083
 from argparse import Namespace
@@ -308,7 +308,7 @@ def make_parser() -> Parser:
     return parser
 
 # %% ../../nbs/data/12_command.ipynb #d174ec09
-def _read_settings(line: Namespace) -> list[Any]:
+def read_settings(line: Namespace) -> list[Any]:
     "Make and check a command's settings. Raises ValueError."
     classes = _COMMANDS[line.command].settings
     made: list[Any] = [make_settings(cls, settings_given(cls, line)) for cls in classes]
@@ -325,7 +325,7 @@ def main(
     parser = make_parser()
     line = parser.parse_args(argv)
     try:
-        settings = _read_settings(line)
+        settings = read_settings(line)
     except ValueError as e:
         parser.error(str(e))
 

@@ -185,7 +185,7 @@ def detect_faces(
     images: Sequence[Image.Image],  # of any mode and size
     min_size: int = 20,  # smallest face, pixels
     min_score: float = 0.9,  # MTCNN's confidence, in [0,1]
-    device: str | None = "cpu",  # where MTCNN runs; None: a GPU if there is one
+    device: str | torch.device | None = "cpu",  # where MTCNN runs; None: a GPU if there is one
     max_overlap: float = 0.5,  # of two faces that overlap more (IoU) the surer one stays
     batch_size: int | None = None,  # pictures a pass; None: 16 on a GPU, 1 on a CPU
 ) -> list[tuple[Tensor, Tensor]]:  # boxes (n,4) x0,y0,x1,y1 in pixels and scores (n,), on the CPU

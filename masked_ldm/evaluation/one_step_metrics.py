@@ -28,8 +28,7 @@ from ..face_loss import FaceLoss
 from ..files import keyed_generator, read_json
 from ..masked_lpips import MaskedLPIPS
 from ..models import Base, ControlledUNet, load_base, load_branch
-from ..one_step import predict_x0
-from ..one_step import diffusion_target
+from ..one_step import diffusion_target, predict_x0
 from ..training.networks import judge_of_faces, judge_of_people
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #2ac04c49

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from ..data.faces import detect_faces
 from .fid import Pictures, as_uint8, clean_resize
-from ..toy.networks import Critic
-from ..toy.networks import label_hits
-from ..toy.networks import limb_lengths
-from ..toy.networks import joint_positions
-from ..toy.networks import predict_labels
+from masked_ldm.toy.networks import (
+    Critic,
+    joint_positions,
+    label_hits,
+    limb_lengths,
+    predict_labels,
+)
 from ..toy.scenes import Scene
 
 # %% ../../nbs/evaluation/02_people_metrics.ipynb #0d2f7832

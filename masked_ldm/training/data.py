@@ -71,7 +71,7 @@ def _manifest(config: TrainConfig, root: Path, split: str) -> Path:
     if (folder / "manifest.json").is_file():
         return folder / "metadata.jsonl"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return build_manifest(root, split, folder, *settings, device)
+    return build_manifest(root, split, folder, config.min_area, config.faces, device)
 
 
 def load_data(config: TrainConfig) -> RunData:

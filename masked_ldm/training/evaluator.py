@@ -43,9 +43,9 @@ class Evaluator:
 
     def judge(self) -> dict[str, Any] | None:  # None where nothing is judged
         "Measure the branch against the base on held-out pictures."
-        if self.val_set is None:
-            return None
         networks = self.networks
+        if not (self.val_set and networks.judge_people and networks.judge_faces):
+            return None
         with self.autocast(), self.trained.averaged() as branch:
             metrics, self.base_scores, _ = one_step_metrics(
                 networks.base,
@@ -64,10 +64,15 @@ class Evaluator:
     def _draw(self, branch: Any) -> Any:  # None: the base alone
         c = self.config
         pipeline = MaskedLDMPipeline.from_parts(self.networks.base, branch)
-        settings = dict(scheduler=c.sample_scheduler, size=c.size)
-        steps, guidance = c.sample_steps, c.guidance_scale
         with self.autocast():
-            return sample(pipeline, self.prompts, steps=steps, guidance=guidance, **settings)
+            return sample(
+                pipeline,
+                self.prompts,
+                steps=c.sample_steps,
+                guidance_scale=c.guidance_scale,
+                scheduler=c.sample_scheduler,
+                size=c.size,
+            )
 
     def grid(
         self,

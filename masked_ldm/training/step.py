@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..data.dataset import Batch
 from ..models import Base
 from ..objective import MaskAwareObjective, Terms, warm_up
-from ..one_step import predict_x0
-from ..one_step import diffusion_target
+from ..one_step import diffusion_target, predict_x0
 from .config import TrainConfig
 from .networks import Networks
 from .optimizer import compiled
@@ -94,7 +93,7 @@ def training_losses(
     "Noise a batch, predict, estimate x_0, apply the objective."
     scheduler: Any = base.scheduler
     with autocast():
-        if batch.moments is None:
+        if batch.moments is None or batch.text is None:
             latents = base.encode(batch.pixels, draw.posterior_noise)
             text_emb = base.embed(batch.captions)
         else:  # from the cache

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..settings import first_line
+
 # %% ../../nbs/training/11_stopping.ipynb #a3938899
 class Stopped(KeyboardInterrupt):
     "A run that was asked to stop, after it saved its state."
@@ -77,5 +79,5 @@ def dead_workers_explained() -> Iterator[None]:
         if "DataLoader worker" not in str(e):
             raise
         raise RuntimeError(
-            f"a data worker died ({str(e).splitlines()[0]}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest"
+            f"a data worker died ({first_line(e)}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest"
         ) from None
