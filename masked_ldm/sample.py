@@ -29,6 +29,7 @@ from masked_ldm.settings import (
     ConfigError,
     Parser,
     add_settings,
+    check_settings,
     is_main,
     make_settings,
     run_command,
@@ -335,7 +336,8 @@ class SampleSettings:
     out: str = setting("grid.png", "picture to write: .png, .jpg or .webp")
 
     def check(self) -> None:
-        "Raise ConfigError for a picture that cannot be written."
+        "Raise ConfigError for the first setting that cannot be."
+        check_settings(self)
         out = Path(self.out)
         known = out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
         if not known or not out.parent.is_dir():
@@ -346,7 +348,6 @@ class SampleSettings:
 
 def _draw_grid(runs: Sequence[str], given: Mapping[str, Any]) -> None:
     settings = make_settings(SampleSettings, given)
-    settings.check()
     sampler = run_sampler(run_config(find_run(runs[0]))) | run_sampler(asdict(settings))
     models = load_models(runs, settings.strength)
     compare_grid(models, settings.prompt or PROMPTS, settings.seed, **sampler).save(settings.out)

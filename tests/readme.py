@@ -22,6 +22,7 @@ def readme():
             )
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"```\w*\n\s*```\n", "", text)  # a cell that shows only its output
+    text = re.sub(r"\n{3,}", "\n\n", text)
     text = re.sub(r"\]\(images/", "](nbs/images/", text)
     return re.sub(r"\]\(([\w/]+\.(?:ipynb|md))", r"](nbs/\1", text).strip() + "\n"
 

@@ -355,7 +355,8 @@ def _ours(program, args, processes=1):
         _settings(vars(a), processes)
     for program_of, cls in settings_classes().items():
         if program == program_of:
-            make_settings(cls, settings_given(cls, a))
+            given = {k: v for k, v in settings_given(cls, a).items() if k != "out"}  # not made yet
+            make_settings(cls, given)
     if program == "masked-ldm-data":
         with pytest.MonkeyPatch.context() as m:
             m.setattr(data_command, "check_device", lambda name: None)
@@ -443,6 +444,8 @@ def _shell(program, args):
         assert args == ["clone", SETTINGS["git_url"]]
     if program == "cd":
         assert args == [SETTINGS["repo"]]
+    if program == "ruff":
+        assert args[0] in ("format", "check") and all((ROOT / a).exists() for a in args[1:])
     if program == "python":
         assert args[:2] == ["-m", "pytest"] and all((ROOT / a).exists() for a in args[2:])
 
@@ -457,7 +460,7 @@ def check(line):
         return _launcher(program, args)
     if program.startswith("nbdev_"):
         return _nbdev(program, args)
-    if program in ("git", "cd", "python"):
+    if program in ("git", "cd", "python", "ruff"):
         return _shell(program, args)
     dict(papermill=_papermill, make=_make, pip=_pip, jupyter=_jupyter, hf=_hf)[program](args)
 

@@ -21,13 +21,16 @@ from ..viz import progress
 class ImageError(OSError):
     "A picture file that cannot be used; the message names the path and what is wrong."
 
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"picture {path} {reason}")
-        self.path = path
-        self.reason = reason  # what is wrong, without the path
+    def __init__(
+        self,
+        message: str,
+        reason: str = "",  # what is wrong, without the path
+    ):
+        super().__init__(message)  # enough for a DataLoader to rebuild it from a worker's text
+        self.reason = reason
 
-    def __reduce__(self) -> tuple:  # how it comes home from a worker process
-        return type(self), (self.path, self.reason)
+    def __reduce__(self) -> tuple:  # how it comes home from another process
+        return type(self), (str(self), self.reason)
 
 
 class _Unusable(ValueError):
@@ -42,9 +45,10 @@ def _as_image_error(path: str | Path) -> Iterator[None]:
     except ImageError:
         raise
     except _Unusable as e:
-        raise ImageError(path, str(e)) from None
+        raise ImageError(f"picture {path} {e}", str(e)) from None
     except Exception as e:  # Pillow raises nearly everything for a damaged file
-        raise ImageError(path, f"is truncated or damaged ({e}): fetch it again") from None
+        reason = f"is truncated or damaged ({e}): fetch it again"
+        raise ImageError(f"picture {path} {reason}", reason) from None
 
 # %% ../../nbs/data/02_images.ipynb #14822547
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
