@@ -53,6 +53,7 @@ from masked_ldm.settings import (
     add_settings,
     convert,
     is_main,
+    is_user_error,
     make_settings,
     run_command,
     setting,
@@ -334,7 +335,10 @@ def main(
             _COMMANDS[line.command].run(line, *settings)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; what is done stays, run it again to go on") from None
-        except OSError as e:  # such as a disk that is full, or a folder that may not be written
+        except OSError as e:
+            if is_user_error(e) and not e.filename:
+                raise
+            # such as a disk that is full, or a folder that may not be written
             raise OSError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from None
 
     run_command(f"masked-ldm-data {line.command}", work)
