@@ -154,7 +154,7 @@ def _detect(mtcnn: MTCNN, images: Tensor) -> list[Tensor]:  # (n,5) of each, on 
 
 # %% ../../nbs/data/03_faces.ipynb #a21e0b77
 def check_device(
-    device: str | None = None,  # "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
+    device: str | torch.device | None = None,  # such as "cuda:1"; None: a GPU if there is one
 ) -> str:
     "Try a device out and return its name. Raises ValueError for one that cannot be used."
     name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
