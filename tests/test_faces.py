@@ -19,7 +19,16 @@ COCO_ROOT = os.environ.get("MASKED_LDM_COCO")
 photographs = pytest.mark.skipif(not COCO_ROOT, reason="MASKED_LDM_COCO names no COCO root")
 
 # ---- many processes, kills, corrupt chunks
-PASS = "import masked_ldm.data.face_pass as f; f.CHUNK = 6\nfrom masked_ldm.data.manifest import run_face_pass\nprint(run_face_pass({root!r}, 'train', {out!r}, {shard!r}, 'cpu', min_face=16))"
+PASS = """
+import masked_ldm.data.face_pass as face_pass
+from masked_ldm.data.manifest import build_manifest, run_face_pass
+
+face_pass.CHUNK = 6
+if {shard!r}:
+    print(run_face_pass({root!r}, "train", {out!r}, {shard!r}, "cpu", min_face=16))
+else:
+    print(build_manifest({root!r}, "train", {out!r}, faces="mtcnn", min_face=16, device="cpu"))
+"""
 
 
 @pytest.fixture(scope="module")
