@@ -205,7 +205,9 @@ class Trainer:
             if self.is_main:
                 self.checkpoint()
             raise FloatingPointError(
-                f"loss or gradient was not finite in 5 steps in a row, the last with pictures {pictures}; the last good weights are in {self.folder.checkpoints}; lower learning_rate or max_grad_norm"
+                f"loss or gradient was not finite in 5 steps in a row, the last with pictures "
+                f"{pictures}; the last good weights are in {self.folder.checkpoints}; "
+                "lower learning_rate or max_grad_norm"
             )
 
     def checkpoint(self) -> Path:
@@ -349,7 +351,9 @@ class Trainer:
         signum = signal.Signals(asked[0] if asked else signal.SIGTERM)
         raise Stopped(
             signum,
-            f"stopped by {signum.name} after step {self.step_done} of {self.config.max_steps}; the state is saved in {self.folder.checkpoints}: go on with out_dir={self.folder.path} and resume=latest",
+            f"stopped by {signum.name} after step {self.step_done} of {self.config.max_steps}; "
+            f"the state is saved in {self.folder.checkpoints}: "
+            f"go on with out_dir={self.folder.path} and resume=latest",
         )
 
     def finish(self) -> dict[str, Any] | None:  # paired one-step metrics; None: not judged

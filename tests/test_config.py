@@ -18,19 +18,21 @@ from masked_ldm.training.config import (
 @pytest.mark.parametrize(
     "given, said",
     [
-        (dict(T=1200), "T must be between 0 and 1000 (timesteps), not 1200"),
+        (dict(T=1200), "T must be 0 to 1000, not 1200"),
         (dict(lamda1=0.2), "unknown parameter 'lamda1'; did you mean 'lambda1'?"),
         (dict(decode=None), "unknown parameter 'decode'"),
         (dict(preset="sd51"), "preset must be one of tiny, sd15, sd15-12gb, not 'sd51'"),
         (dict(lambda1=0.8, lambda2=0.5), "lambda1 + lambda2 must be between 0 and 1"),
-        (dict(lambda1=-0.1), "each 0 or more"),
+        (dict(lambda1=-0.1), "lambda1 must be 0 or more, not -0.1"),
         (dict(max_steps=10.5), "max_steps must be a whole number, not 10.5"),
         (dict(use_ema="yes"), "use_ema must be True or False, not 'yes'"),
         (dict(sample_prompts="one"), "sample_prompts must be a list of texts"),
-        (
-            dict(size=100),
-            "size must be a multiple of 8 pixels, 32 or more, not 100; the nearest is",
-        ),
+        (dict(size=100), "size must be a multiple of 8 pixels, not 100; the nearest is 96"),
+        (dict(size=16), "size must be 32 to 4096, not 16"),
+        (dict(seed=2**53), "seed must be 0 to 9007199254740991, not 9007199254740992"),
+        (dict(dataloader_num_workers=100_000), "dataloader_num_workers must be 0 to 256"),
+        (dict(resume=""), "resume must be a text, not ''"),
+        (dict(variant="as_published", gate="linear"), "gate must be hard with variant as_publish"),
         (dict(learning_rate=0), "learning_rate must be above 0, not 0.0"),
         (dict(min_area=1.0), "min_area must be 0 or more and below 1"),
         (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be 1 or more"),
@@ -52,8 +54,8 @@ def test_a_wrong_setting_is_a_sentence(given, said):
 def test_presets():
     for preset, values in PRESETS.items():
         config = TrainConfig.make(preset=preset, base="tiny")
-        assert changed(config) == ({} if values["base"] == "tiny" else {"base": "tiny"})
-        assert {k: getattr(config, k) for k in values} == values | {"base": "tiny"}
+        assert changed(config) == ({} if preset == "tiny" else {"base": "tiny"})
+        assert {k: getattr(config, k) for k in values if k != "base"}.items() <= values.items()
     assert TrainConfig.make(T=None, max_steps=1e3) == TrainConfig.make(max_steps=1000)
 
 

@@ -1,6 +1,4 @@
-"Switches of a run that need a compiler, an optional package, or a whole run to be seen."
-
-import shutil
+"Switches of a run that need a whole step or run to be seen, or an optional package."
 
 import pytest
 import torch
@@ -67,11 +65,8 @@ def plain_step(tmp_path_factory, cache):
     "switch",
     [
         dict(gradient_accumulation_steps=4),
-        dict(decode_batch=1),
-        dict(decode_batch=3),
-        dict(gradient_checkpointing=True),
-        dict(gradient_checkpointing=True, gradient_accumulation_steps=2),
-        dict(channels_last=True),
+        dict(decode_batch=3, channels_last=True),
+        dict(decode_batch=1, gradient_checkpointing=True, gradient_accumulation_steps=2),
     ],
     ids=str,
 )
@@ -84,11 +79,12 @@ def test_switch_leaves_the_gradient(switch, tmp_path, plain_step):
     assert off(got[worst], want[worst]) < 1e-10, (worst, off(got[worst], want[worst]))
 
 
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler on a CPU",
-)
-def test_compiled_is_the_same(tmp_path, quick):
+def test_compiled_is_the_same(tmp_path, quick, monkeypatch):
+    "Captured forward and backward as for a compiler; the kernels are torch's business, and building them takes minutes."
+    from functools import partial
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    quick = {**quick, "val_pictures": 0}
     want = gradients(trainer(tmp_path / "a", **quick), 2)
     got = gradients(trainer(tmp_path / "b", **quick, torch_compile=True, decode_batch=1), 2)
     assert off(got, want) < 2e-2, off(
@@ -134,7 +130,8 @@ def test_cap_and_strata_reach_the_run(tmp_path, quick):
                 **quick,
                 "T": 400,
                 "batch_size": 8,
-                "max_steps": 5,
+                "max_steps": 2,
+                "val_pictures": 0,
                 "stratified_t": True,
                 "max_decoded": 2,
             }
@@ -144,7 +141,7 @@ def test_cap_and_strata_reach_the_run(tmp_path, quick):
         sum(b["n"] for k, b in row["bands"].items() if int(k.split("-")[0]) < 400)
         for row in r.history
     ]
-    assert below == [3] * 5 and all(row["loss"] > 0 for row in r.history)
+    assert below == [3] * 2 and all(row["loss"] > 0 for row in r.history)
 
 
 def test_eight_bit_resumes(tmp_path, quick):

@@ -15,15 +15,9 @@ from conftest import ROOT, by_two, papermill, run, train_by_two
 from safetensors.torch import load_file
 
 WRONG = dict(
-    T=([("T", 1200)], "T must be between 0 and 1000 (timesteps), not 1200"),
+    T=([("T", 1200)], "T must be 0 to 1000, not 1200"),
     misspelt=([("lamda1", 0.2)], "unknown parameter 'lamda1'; did you mean 'lambda1'?"),
-    weights=([("lambda1", 0.8), ("lambda2", 0.5)], "lambda1 + lambda2 must be between 0 and 1"),
-    root=(
-        [("data_root", "tests")],
-        "data_root tests is no COCO 2017 data set: it lacks annotations/instances_train2017.json",
-    ),
-    size=([("size", 100)], "size must be a multiple of 8 pixels"),
-)
+)  # the others: test_config.py
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -57,13 +51,13 @@ def weights(path):
     return load_file(path / "controlnet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_resumed_is_never_stopped(tmp_path, quick):
+def test_resumed_is_never_stopped(tmp_path, whole):
     "A15: bit-equal, in the middle of an epoch too."
     from masked_ldm.train import TrainConfig, train
     from masked_ldm.training.config import ConfigError
 
-    whole = train(TrainConfig.make(**quick))
-    half = {**quick, "out_dir": str(tmp_path / "half")}
+    given, want = whole
+    half = {**given, "out_dir": str(tmp_path / "half")}
     train(TrainConfig.make(**{**half, "max_steps": 3}))
     with pytest.raises(ConfigError, match="already holds a run"):
         train(TrainConfig.make(**half))
@@ -72,14 +66,9 @@ def test_resumed_is_never_stopped(tmp_path, quick):
     with open(tmp_path / "half" / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # as a kill leaves it
     rest = train(TrainConfig.make(**half, resume="latest"))
-    assert [r["step"] for r in rest.history] == [1, 2, 3, 4, 5, 6]
-    a, b = weights(whole.path), weights(rest.path)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    fresh = train(
-        TrainConfig.make(**{**quick, "seed": 1, "max_steps": 1, "out_dir": str(tmp_path / "other")})
-    )
-    c = weights(fresh.path)
-    assert any(not torch.equal(a[k], c[k]) for k in a)
+    assert [r["step"] for r in rest.history] == list(range(1, 9))
+    got = weights(rest.path)
+    assert all(torch.equal(got[k], v) for k, v in want.items())
 
 
 SWITCHES = dict(
@@ -98,9 +87,6 @@ SWITCHES = dict(
         per_person=True,
         gate="cosine",
         lambda_warmup_steps=3,
-    ),
-    cached=dict(
-        T=1000,
         cache_latents=True,
         proportion_empty_prompts=0.5,
         gradient_checkpointing=True,
@@ -189,13 +175,13 @@ def test_two_processes_are_one(tmp_path, quick):
     "A14, as users start it. The first step is equal to seven digits; after it AdamW, which divides a gradient by its own size, carries on what float32 sums in another order."
     from masked_ldm.train import TrainConfig, train
 
-    given = {**quick, "T": 400, "max_steps": 3, "val_pictures": 0}
+    given = {**quick, "T": 400, "max_steps": 2, "val_pictures": 0}
     one = train(TrainConfig.make(**given)).history
     code, text = train_by_two({**given, "out_dir": tmp_path / "two"})
     assert code == 0, text
     assert json.loads((tmp_path / "two" / "data.json").read_text())["processes"] == 2
     two = curve(tmp_path / "two")
-    assert len(one) == len(two) == 3
+    assert len(one) == len(two) == 2
     for k, (a, b) in enumerate(zip(one, two)):
         assert abs(a["loss"] - b["loss"]) < (1e-5, 1e-4)[k > 0] and abs(
             a["grad_norm"] - b["grad_norm"]
@@ -210,12 +196,11 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
 
     given = {
         **quick,
-        "T": 600,
-        "max_steps": 4,
-        "batch_size": 8,
+        "T": 800,
+        "max_steps": 3,
         "val_pictures": 0,
         "stratified_t": True,
-        "max_decoded": 3,
+        "max_decoded": 2,
         "use_ema": True,
         "ema_decay": 0.5,
         "decode_batch": 1,
@@ -282,8 +267,9 @@ def test_bf16_runs_on_a_cpu(quick):
                     **quick,
                     "out_dir": quick["out_dir"] + p,
                     "val_pictures": 0,
-                    "max_steps": 2,
-                    "T": 400,
+                    "max_steps": 1,
+                    "batch_size": 2,
+                    "T": 1000,
                     "mixed_precision": p,
                     "cache_latents": p == "bf16",
                 }
@@ -297,9 +283,10 @@ def test_bf16_runs_on_a_cpu(quick):
 
 
 def test_as_published_runs_and_is_dead(tmp_path, quick):
-    from masked_ldm.train import TrainConfig, train
+    from masked_ldm.train import TrainConfig, Trainer
 
-    norms = train(TrainConfig.make(**{**quick, "max_steps": 1, "variant": "as_published"})).norms
+    config = TrainConfig.make(**{**quick, "val_pictures": 0, "variant": "as_published"})
+    norms = Trainer(config, tmp_path / "run").preflight()
     assert norms["lpips"] == norms["face"] == 0 and norms["ldm"] > 0
 
 
@@ -360,25 +347,17 @@ def test_without_judges(tmp_path, quick):
     [
         (["--min_area", ".99"], "is left after filtering"),
         (["--batch_size", "5000"], "batch_size 5000 is more than the"),
-        (["--resume", "nowhere"], "resume nowhere is not a checkpoint folder"),
         (["--base", "nbs", "--data_root", "WORLD"], "lacks model_index.json"),
     ],
 )
-def test_command_line_says_it_in_one_sentence(given, said, tmp_path, quick, world):
-    code, text = run(
-        sys.executable,
-        "-m",
-        "masked_ldm.train",
-        *(x for k, v in quick.items() for x in (f"--{k}", v)),
-        *(str(world) if g == "WORLD" else g for g in given),
-    )
-    last = text.strip().splitlines()[-1]
-    assert (
-        code == 1
-        and last.startswith("masked-ldm-train: ")
-        and said in last
-        and "Traceback" not in text
-    ), text
+def test_command_line_says_it_in_one_sentence(given, said, quick, world):
+    from masked_ldm.train import main
+
+    own = [str(world) if word == "WORLD" else word for word in given]
+    with pytest.raises(SystemExit) as e:
+        main([*map(str, flags(quick)), *own])
+    text = str(e.value)
+    assert text.startswith("masked-ldm-train: ") and said in text and "\n" not in text
 
 
 def test_missing_weights_are_listed_at_once(tmp_path, world):
@@ -539,32 +518,30 @@ def test_gate_and_warm_up_reach_the_run(tmp_path, quick):
     assert run.objective.gate(torch.tensor([0, 250, 500])).tolist() == [1, 0.5, 0]
 
 
-def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, quick, monkeypatch):
+def test_out_of_memory_says_what_fits_and_loses_nothing(tmp_path, whole, monkeypatch):
     from masked_ldm import train as module
     from masked_ldm.settings import is_user_error
 
-    quick = {**quick, "val_pictures": 0, "max_steps": 4}
-    whole = module.train(module.TrainConfig.make(**quick))
-    half = {**quick, "out_dir": str(tmp_path / "half")}
+    given, want = whole
+    half = {**given, "out_dir": str(tmp_path / "half"), "checkpointing_steps": 100}
     losses = module.Trainer.losses
 
     def full(self, *a, **kw):
-        if self.step_done == 2 and self.folder.path.name == "half":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.step_done == 2:
+            raise torch.OutOfMemoryError  # it may say nothing
         return losses(self, *a, **kw)
 
     monkeypatch.setattr(module.Trainer, "losses", full)
     monkeypatch.setattr(module, "advice", lambda *a: "gradient_checkpointing=True")
     with pytest.raises(
         RuntimeError,
-        match=r"out of memory in step 3 .*resume=latest and gradient_checkpointing=True",
+        match=r"out of memory in step 3 .OutOfMemoryError.; .*resume=latest and gradient_checkpointing=True",
     ) as e:
         module.train(module.TrainConfig.make(**half))
     assert is_user_error(e.value) and (tmp_path / "half" / "checkpoints" / "step_000002").is_dir()
     monkeypatch.setattr(module.Trainer, "losses", losses)
-    rest = module.train(module.TrainConfig.make(**half, resume="latest"))
-    a, b = weights(whole.path), weights(rest.path)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    got = weights(module.train(module.TrainConfig.make(**half, resume="latest")).path)
+    assert all(torch.equal(got[k], v) for k, v in want.items())
 
 
 def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, capsys):
@@ -587,7 +564,7 @@ def test_a_tracker_or_hub_that_fails_is_said_once(tmp_path, quick, monkeypatch, 
                 "push_to_hub": True,
                 "hub_model_id": "me/mine",
                 "val_pictures": 0,
-                "max_steps": 3,
+                "max_steps": 2,
             }
         )
     )
@@ -631,17 +608,10 @@ def test_a_resumed_run_goes_on_in_the_same_curve_of_its_tracker(tmp_path, quick,
     }
     train(TrainConfig.make(**given))
     train(TrainConfig.make(**{**given, "max_steps": 2}, resume="latest"))
-    train(TrainConfig.make(**{**given, "out_dir": str(tmp_path / "other")}))
-    first, again, other = (g["wandb"] for g in got)
-    assert (
-        first == again
-        and first["resume"] == "allow"
-        and other["id"] != first["id"]
-        and other["name"] == "other"
-    )
-    assert got[0]["trackio"] == got[1]["trackio"] != got[2]["trackio"] and json.loads(
-        (tmp_path / "run" / "tracker.json").read_text()
-    ) == dict(id=first["id"])
+    first, again = got
+    assert first == again and first["wandb"]["resume"] == "allow"
+    saved = json.loads((tmp_path / "run" / "tracker.json").read_text())
+    assert saved == dict(id=first["wandb"]["id"])
 
 
 def test_a_full_disk_while_a_grid_is_written_is_named(tmp_path, quick, monkeypatch, capsys):
@@ -700,12 +670,15 @@ def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
         "ema_decay": 0.5,
         "validation_steps": 2,
         "checkpointing_steps": 1,
-        "checkpoints_total_limit": 1,
+        "checkpoints_total_limit": 2,
     }
     whole = train(TrainConfig.make(**kw))
-    half = {**kw, "out_dir": str(tmp_path / "half")}
-    train(TrainConfig.make(**{**half, "max_steps": 3}))
-    rest = train(TrainConfig.make(**half, resume="latest"))  # 3: after a judgement, before the next
+    half = tmp_path / "half"
+    shutil.copytree(whole.path, half)
+    shutil.rmtree(half / "controlnet")
+    shutil.rmtree(half / "checkpoints" / "step_000004")
+    kw["out_dir"] = str(half)
+    rest = train(TrainConfig.make(**kw, resume="latest"))  # 3: after a judgement, before the next
     a, b = weights(whole.path), weights(rest.path)
     assert all(torch.equal(a[k], b[k]) for k in a)  # the average went on too
     last = load_file(
@@ -721,7 +694,7 @@ def test_averaged_weights_go_on_and_the_best_stays(tmp_path, quick):
     best = min(scores, key=scores.get)
     assert json.loads((whole.path / "metrics.json").read_text())["best"]["step"] == best and {
         p.name for p in (whole.path / "checkpoints").iterdir()
-    } == {f"step_{best:06d}", "step_000004"}
+    } == {f"step_{best:06d}", "step_000003", "step_000004"}
     assert [r for r in rest.history if "validation" in r] == [
         r for r in whole.history if "validation" in r
     ] and "averaged with decay 0.5" in (whole.path / "README.md").read_text()

@@ -217,7 +217,8 @@ def read_state(path: Path) -> dict[str, Any]:  # {} where there is none
     schema = state.get("schema", 1)
     if schema > SCHEMA:
         raise ConfigError(
-            f"{path} was written by a newer masked_ldm (schema {schema}, this one knows {SCHEMA}): update masked_ldm"
+            f"{path} was written by a newer masked_ldm (schema {schema}, this one knows {SCHEMA}): "
+            "update masked_ldm"
         )
     return state
 

@@ -20,26 +20,6 @@ _all_ = ["ConfigError"]
 # %% ../../nbs/training/01_config.ipynb #ab7cf03d
 PAPER_PICTURES = 37_470  # of COCO's training split after the paper's filter
 
-_TINY = dict(
-    base="tiny",
-    lpips_net="tiny",
-    face_net="tiny",
-    size=64,
-    max_steps=400,
-    batch_size=8,
-    learning_rate=3e-4,
-    lr_warmup_steps=10,
-    checkpointing_steps=200,
-    sample_interval=200,
-    log_steps=5,
-    sample_steps=20,
-    sample_scheduler="dpm",
-    guidance_scale=3.0,
-    val_pictures=48,
-    mixed_precision="no",
-    dataloader_num_workers=0,
-    cache_latents=False,
-)
 _SD15 = dict(
     base="sd15",
     lpips_net="vgg",
@@ -61,31 +41,32 @@ _SD15 = dict(
     cache_latents=None,
 )
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _TINY,
+    "tiny": dict(cache_latents=False),  # and the defaults below
     "sd15": _SD15,
     "sd15-12gb": dict(_SD15, gradient_checkpointing=True),
 }
 
 # %% ../../nbs/training/01_config.ipynb #359b3575
 def _check_loss(config: "TrainConfig") -> None:
-    "Raise ConfigError where T and the lambdas leave the range of Eq. (3)."
+    "Raise ConfigError where the weights of Eq. (3) do not go together, or with the gate."
     lambda1, lambda2 = config.lambda1, config.lambda2
-    if not 0 <= config.T <= 1000:
-        raise ConfigError(f"T must be between 0 and 1000 (timesteps), not {config.T}")
-    if lambda1 < 0 or lambda2 < 0 or lambda1 + lambda2 > 1 + 1e-9:
+    if lambda1 + lambda2 > 1 + 1e-9:
         raise ConfigError(
-            "lambda1 + lambda2 must be between 0 and 1, each 0 or more, since the diffusion loss "
-            f"gets the rest; got {lambda1:g} + {lambda2:g} = {lambda1 + lambda2:g}"
+            "lambda1 + lambda2 must be between 0 and 1, since the diffusion loss gets the rest; "
+            f"got {lambda1:g} + {lambda2:g} = {lambda1 + lambda2:g}"
+        )
+    if config.variant == "as_published" and config.gate != "hard":
+        raise ConfigError(
+            f"gate must be hard with variant as_published, which knows no other, not {config.gate}"
         )
 
 
 def _check_step(config: "TrainConfig") -> None:
     "Raise ConfigError where size and batch do not go together with the rest of a step."
-    if config.size < 32 or config.size % 8:
-        nearest = max(32, round(config.size / 8) * 8)
+    if config.size % 8:
         raise ConfigError(
-            f"size must be a multiple of 8 pixels, 32 or more, not {config.size}; "
-            f"the nearest is {nearest}"
+            f"size must be a multiple of 8 pixels, not {config.size}; "
+            f"the nearest is {round(config.size / 8) * 8}"
         )
     if config.batch_size % config.gradient_accumulation_steps:
         raise ConfigError(
@@ -102,11 +83,9 @@ def _check_step(config: "TrainConfig") -> None:
 def _check_needs(config: "TrainConfig") -> None:
     "Raise ConfigError for a switch without what it needs."
     if config.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.hub_model_id or ""):
-        raise ConfigError(f"push_to_hub needs hub_model_id, user/name, not {config.hub_model_id!r}")
+        raise ConfigError(f"push_to_hub needs hub_model_id, user/name, not {config.hub_model_id}")
     if config.validation_steps and not config.val_pictures:
-        raise ConfigError(
-            "validation_steps needs val_pictures above 0: there is nothing to judge on"
-        )
+        raise ConfigError("validation_steps needs val_pictures above 0, to judge on")
     if config.use_8bit_adam and not find_spec("bitsandbytes"):
         raise ConfigError(
             "use_8bit_adam needs bitsandbytes, which is not installed: "
@@ -134,33 +113,35 @@ def _check_data_root(root: Path) -> None:
         )
     if made:
         return
-    missing = []
-    for split in _SPLITS:
-        for kind in ("instances", "captions"):
-            name = f"annotations/{kind}_{split}2017.json"
-            if not (root / name).is_file():
-                missing.append(name)
-    missing += [f"{split}2017/" for split in _SPLITS if not (root / f"{split}2017").is_dir()]
+    kinds = ("instances", "captions")
+    files = [f"annotations/{kind}_{split}2017.json" for split in _SPLITS for kind in kinds]
+    folders = [f"{split}2017/" for split in _SPLITS]
+    missing = [name for name in files if not (root / name).is_file()]
+    missing += [name for name in folders if not (root / name).is_dir()]
     if missing:
         raise ConfigError(
             f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(missing)}"
         )
 
 # %% ../../nbs/training/01_config.ipynb #540047f7
+_MOST_PIXELS, _MOST_STEPS, _MANY = 4096, 10**9, 10**6  # more is a slip of the pen
+
+
 @dataclass
 class TrainConfig:
     "Everything a run is told; make one with `TrainConfig.make`, which applies the preset and checks."
 
     preset: str = setting(
         "tiny",
-        "tiny: built-in world on a CPU; sd15: the paper's settings; sd15-12gb: the same in less memory",
+        "tiny: built-in world on a CPU; sd15: the paper's settings; "
+        "sd15-12gb: the same in less memory",
         choices=PRESETS,
         may_change=True,
     )
     # the loss
-    T: int = setting(100, "perceptual terms where t < T, 0 to 1000")
-    lambda1: float = setting(0.2, "weight of masked LPIPS in Eq. (3)")
-    lambda2: float = setting(0.5, "weight of the face loss in Eq. (3)")
+    T: int = setting(100, "perceptual terms where t < T", least=0, most=1000)
+    lambda1: float = setting(0.2, "weight of masked LPIPS in Eq. (3)", least=0)
+    lambda2: float = setting(0.5, "weight of the face loss in Eq. (3)", least=0)
     variant: str = setting(
         "paper",
         "as_published reproduces the authors' dead gradient",
@@ -184,10 +165,13 @@ class TrainConfig:
     # the data
     data_root: str | None = setting(
         None,
-        "a COCO 2017 root, or a folder of manifests from masked-ldm-data build; the built-in world if not given",
+        "a COCO 2017 root, or a folder of manifests from masked-ldm-data build; "
+        "the built-in world if not given",
         may_change=True,
     )
-    size: int = setting(64, "side of the pictures, pixels; a multiple of 8")
+    size: int = setting(
+        64, "side of the pictures, pixels; a multiple of 8", least=32, most=_MOST_PIXELS
+    )
     min_area: float = setting(
         0.05,
         "share of a picture that people must cover, where the manifest is made by the run",
@@ -204,35 +188,44 @@ class TrainConfig:
         "square of a picture: its middle as in the paper, or the one that keeps faces, then people",
         choices=("center", "people"),
     )
-    world_pictures: int = setting(1200, "training pictures of the built-in world", least=1)
-    val_pictures: int = setting(48, "held-out pictures that are judged", least=0, may_change=True)
+    world_pictures: int = setting(
+        1200, "training pictures of the built-in world", least=1, most=_MANY
+    )
+    val_pictures: int = setting(
+        48, "held-out pictures that are judged", least=0, most=_MANY, may_change=True
+    )
     proportion_empty_prompts: float = setting(
         0.0, "share of captions replaced by the empty one", least=0, below=1
     )
     dataloader_num_workers: int = setting(
-        0, "processes that read pictures", least=0, may_change=True
+        0, "processes that read pictures", least=0, most=256, may_change=True
     )
     # the run
     base: str = setting("tiny", "frozen base: tiny, sd15, a folder or a hub id")
     out_dir: str | None = setting(
-        None, "run folder; runs/PRESET or the next free runs/PRESET-N if not given", may_change=True
+        None,
+        "run folder; runs/PRESET or the next free runs/PRESET-N if not given",
+        may_change=True,
     )
     cache_dir: str = setting(
         "runs/cache", "where drawn worlds, manifests and latents are kept", may_change=True
     )
     cache_latents: bool | None = setting(
         None,
-        "encode each picture and caption once and keep that in cache_dir; None: where it pays, if the run sees a picture more than twice",
+        "encode each picture and caption once and keep that in cache_dir; "
+        "None: where it pays, if the run sees a picture more than twice",
         may_change=True,
     )
-    max_steps: int = setting(400, "optimiser steps", least=1, may_change=True)
-    batch_size: int = setting(8, "pictures a step, over all processes and accumulation", least=1)
+    max_steps: int = setting(400, "optimiser steps", least=1, most=_MOST_STEPS, may_change=True)
+    batch_size: int = setting(
+        8, "pictures a step, over all processes and accumulation", least=1, most=_MANY
+    )
     gradient_accumulation_steps: int = setting(
         1, "parts a step is cut into, to save memory", least=1, may_change=True
     )
-    learning_rate: float = setting(3e-4, "of AdamW", above=0)
+    learning_rate: float = setting(3e-4, "of AdamW", above=0, most=1)
     lr_warmup_steps: int = setting(10, "steps of linear warm-up", least=0)
-    adam_weight_decay: float = setting(0.01, "of AdamW", least=0)
+    adam_weight_decay: float = setting(0.01, "of AdamW", least=0, most=1)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", above=0)
     mixed_precision: str = setting(
         "no", "autocast of the networks; losses stay float32", choices=("no", "bf16")
@@ -244,11 +237,13 @@ class TrainConfig:
     )
     stratified_t: bool = setting(
         False,
-        "spread a step's timesteps evenly: always the same number below T, weighed so that nothing is biased",
+        "spread a step's timesteps evenly: always the same number below T, "
+        "weighed so that nothing is biased",
     )
     max_decoded: int = setting(
         0,
-        "most samples a step decodes, drawn at random and weighed so that nothing is biased; 0: all with t < T",
+        "most samples a step decodes, drawn at random and weighed so that nothing is biased; "
+        "0: all with t < T",
         least=0,
     )
     decode_batch: int = setting(
@@ -264,7 +259,9 @@ class TrainConfig:
     torch_compile: bool = setting(
         False, "compile UNet, branch and VAE decoder for fixed shapes", may_change=True
     )
-    seed: int = setting(0, "of data order, augmentation, noise and timesteps", least=0)
+    seed: int = setting(
+        0, "of data order, augmentation, noise and timesteps", least=0, most=2**53 - 1
+    )
     resume: str | None = setting(None, "latest, or a checkpoint folder", may_change=True)
     resume_changed: bool = setting(
         False,
@@ -281,16 +278,17 @@ class TrainConfig:
     sample_prompts: list | None = setting(
         None, "prompts of the grids; the paper's four if not given", may_change=True
     )
-    sample_steps: int = setting(20, "of the sampler", least=1, may_change=True)
+    sample_steps: int = setting(20, "of the sampler", least=1, most=1000, may_change=True)
     sample_scheduler: str = setting(
         "dpm", "sampler of the grids", choices=("ddim", "dpm", "unipc"), may_change=True
     )
     guidance_scale: float = setting(
-        3.0, "classifier-free guidance of the grids", least=0, may_change=True
+        3.0, "classifier-free guidance of the grids", least=0, most=100, may_change=True
     )
     validation_steps: int = setting(
         0,
-        "steps between judgements on held-out pictures, the best of which keeps its checkpoint; 0: only at the end",
+        "steps between judgements on held-out pictures, the best of which keeps its checkpoint; "
+        "0: only at the end",
         least=0,
         may_change=True,
     )
@@ -309,7 +307,7 @@ class TrainConfig:
 
     @classmethod
     def make(cls, **given: Any) -> "TrainConfig":
-        "A checked configuration: the preset's values, then the given ones; None leaves a setting to the preset. Raises ConfigError."
+        "Make checked settings: the preset's, then what is given and not None. Raises ConfigError."
         preset = given.get("preset") or "tiny"
         if preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
@@ -318,8 +316,8 @@ class TrainConfig:
 
     def check(self) -> None:
         "Raise ConfigError for values that cannot be, alone or together."
-        _check_loss(self)
         check_settings(self)
+        _check_loss(self)
         _check_step(self)
         _check_needs(self)
         if self.data_root is not None:
@@ -334,7 +332,7 @@ def changed(config: TrainConfig) -> dict[str, Any]:
 
 # %% ../../nbs/training/01_config.ipynb #4d54f6de
 def training_pictures(config: TrainConfig) -> int:
-    "How many pictures a run trains on, as far as that is known without reading them: those of the built-in world or of a manifest; of a COCO root the paper's number."
+    "Count the pictures a run trains on without reading any; of a COCO root the paper's number."
     if config.data_root is None:
         return config.world_pictures
     manifest = Path(config.data_root) / "train" / "manifest.json"
@@ -349,7 +347,7 @@ def resume_differences(
     config: TrainConfig,
     saved: dict[str, Any],  # the settings of a checkpoint's run
 ) -> dict[str, tuple[Any, Any]]:  # {name: (before, now)}
-    "Settings that have changed and may not. Raises ConfigError for a setting of an older version that had an effect and is gone."
+    "List what has changed and may not. Raises ConfigError for a setting that had an effect and is gone."
     for name, default in _GONE.items():
         if saved.get(name, default) != default:
             raise ConfigError(

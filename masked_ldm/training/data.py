@@ -7,7 +7,6 @@ __all__ = ['RunData', 'load_data', 'caches_latents', 'use_latent_cache', 'drop_c
            'calibrate_face_loss', 'preflight_batch']
 
 # %% ../../nbs/training/04_data.ipynb #11c6728c
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..data.dataset import Batch, PersonDataset, batch_keys, collate
 from ..data.latent_cache import LatentCache, build_cache, cache_folder
 from ..data.manifest import MANIFEST_VERSION, build_manifest
 from ..face_loss import FaceLoss
-from ..files import json_sha256
+from ..files import json_sha256, keyed_generator
 from ..models import Base
 from ..toy.scenes import WORLD_VERSION, write_world
 from .config import ConfigError, TrainConfig
@@ -75,7 +74,7 @@ def _manifest(config: TrainConfig, root: Path, split: str) -> Path:
 
 
 def load_data(config: TrainConfig) -> RunData:
-    "Open the pictures of a run, drawn and described first where they are not. Raises ConfigError if they do not suffice."
+    "Open a run's pictures, drawn and described first where they are not. Raises ConfigError for too few."
     root = _data_root(config)
     splits = ("train", "val") if config.val_pictures else ("train",)
     manifests = {split: _manifest(config, root, split) for split in splits}
@@ -86,11 +85,13 @@ def load_data(config: TrainConfig) -> RunData:
         shared = {r["image_id"] for r in train.rows} & {r["image_id"] for r in val.rows}
         if shared:
             raise ConfigError(
-                f"{len(shared)} pictures of {root} are in train and in val, the first is image {min(shared)}: training and validation must not share pictures"
+                f"{len(shared)} pictures of {root} are in train and in val, the first is image "
+                f"{min(shared)}: training and validation must not share pictures"
             )
     if len(train) < config.batch_size:
         raise ConfigError(
-            f"batch_size {config.batch_size} is more than the {len(train)} pictures that {root} has after filtering"
+            f"batch_size {config.batch_size} is more than the {len(train)} pictures that {root} "
+            "has after filtering"
         )
     return RunData(train, val, manifests)
 
@@ -132,9 +133,7 @@ def drop_captions(
 ) -> Batch:  # the same one
     "Replace captions by the empty one, for classifier-free guidance."
     for i, image_id in enumerate(batch.image_ids if share else ()):
-        name = "/".join(map(str, (*key, image_id)))
-        digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
-        if int.from_bytes(digest, "big") / 2**32 < share:
+        if torch.rand((), generator=keyed_generator("captions", *key, image_id)) < share:
             batch.captions[i] = ""
             if batch.text is not None:
                 batch.text[i] = empty
@@ -202,7 +201,8 @@ def calibrate_face_loss(
             found += faces
     if found < 2:
         say(
-            f"only {found} usable face(s) in the training pictures at {dataset.size} px: the face loss is not calibrated"
+            f"only {found} usable face(s) in the training pictures at {dataset.size} px: "
+            "the face loss is not calibrated"
         )
         return found
     batch = collate(picked).to(device)

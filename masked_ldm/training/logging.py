@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..objective import by_band
+from ..settings import first_line
 from .config import ConfigError, TrainConfig
 from .run_folder import RunFolder
 
@@ -71,8 +72,8 @@ class BestEffort:
             return f(*args, **kwargs)
         except Exception as e:
             if what not in self.failed:
-                reason = (str(e).splitlines() or [""])[0]
-                self.say(f"{what} failed, the run goes on without it: {type(e).__name__}: {reason}")
+                kind, reason = type(e).__name__, first_line(e)
+                self.say(f"{what} failed, the run goes on without it: {kind}: {reason}")
             self.failed[what] = self.failed.get(what, 0) + 1
 
 
@@ -82,7 +83,8 @@ def check_tracker(
     "Raise ConfigError if the tracker's package is not installed."
     if name != "none" and find_spec(name) is None:
         raise ConfigError(
-            f"report_to {name!r} needs the package {name} (pip install {name}); report_to='none' does without a tracker"
+            f"report_to {name!r} needs the package {name} (pip install {name}); "
+            "report_to='none' does without a tracker"
         )
 
 # %% ../../nbs/training/12_logging.ipynb #7f08eddd

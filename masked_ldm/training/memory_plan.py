@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['empty', 'without_content', 'Cost', 'cost', 'peak_memory', 'empty_base', 'weights_of', 'loss_networks',
-           'decoded_samples', 'Plan', 'plan', 'switch_table', 'announced', 'OutOfMemory', 'is_out_of_memory', 'advice']
+           'decoded_samples', 'Plan', 'plan', 'announced', 'OutOfMemory', 'is_out_of_memory', 'advice']
 
 # %% ../../nbs/training/10_memory_plan.ipynb #0ecc5182
 import warnings
@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from math import comb
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lpips
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.utils import logging
 from facenet_pytorch import InceptionResnetV1
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -96,19 +96,24 @@ class _Meter(TorchDispatchMode):
             return True  # is it finite? Nobody knows, so it is
         if len(args) > 1 and isinstance(args[1], (list, tuple)) and "index" in str(func):
             args = (args[0], _by_number(args[1]), *args[2:])
+        self._see((args, kwargs), new=False)  # weights, say: they were there before
         out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula:
             self.flop += formula(*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        self._see(out, new=True)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.storages:
-            return
+    def _see(self, values: Any, new: bool) -> None:
+        "Note the storages of tensors; those of new ones count."
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.storages:
+                    self._add(storage, storage.nbytes() if new else 0)
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -207,11 +212,11 @@ def weights_of(*networks: nn.Module, trained: bool = False) -> float:  # GiB
 
 # %% ../../nbs/training/10_memory_plan.ipynb #89d49444
 def _network(name: str) -> Any:
-    "A network of the losses; only its shapes matter."
+    "A network of the losses; only its shapes matter, so LPIPS' trunk is random and not fetched."
     if name in ("vgg", "alex", "squeeze"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # lpips uses old names of torchvision
-            return lpips.LPIPS(net=name, pretrained=False, pnet_rand=True, verbose=False)
+            return lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
     if name in ("vggface2", "casia-webface"):
         return InceptionResnetV1().eval()
     return load_network(name)
@@ -249,17 +254,6 @@ def _norms_in_float32(on: bool) -> Iterator[None]:
             setattr(F, name, norm)
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    "Keep diffusers from warning of weights that none of these networks has."
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def _batch(base: Base, config: TrainConfig, pictures: int, cached: bool) -> Batch:
     "Pictures with one person and one face each."
     side, latent_side = config.size, config.size // base.f
@@ -288,10 +282,10 @@ def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
     return StepDraw(empty(*shape), empty(*shape), t, None, counts)
 
 # %% ../../nbs/training/10_memory_plan.ipynb #610c8e93
-_OF_A_STEP = (
+_OF_A_STEP = (  # the settings that a step's cost depends on
     *("base", "size", "lpips_net", "face_net", "lambda1", "lambda2", "variant", "per_person"),
     *("mixed_precision", "gradient_checkpointing", "decode_batch", "channels_last"),
-)  # the settings that a step's cost depends on
+)
 
 
 @lru_cache(maxsize=256)
@@ -307,8 +301,7 @@ def _step(
     base = empty_base(config.base)
     with torch.device("meta"):
         branch = make_branch(base.unet, base.f)
-    with _silent():
-        prepare_networks(config, base, branch, torch.device("cuda"))
+    prepare_networks(config, base, branch, torch.device("cuda"))
     for network in (base.vae, base.unet, base.text_encoder, branch):
         without_content(network)
     losses = loss_networks(config)
@@ -345,11 +338,9 @@ def decoded_samples(config: TrainConfig) -> tuple[int, float]:
     if config.stratified_t and share < 1:
         below = min(batch - 1, max(1, round(batch * share)), cap)
         return below, float(below)
-    mean = 0.0
-    for below in range(batch + 1):
-        chance = comb(batch, below) * share**below * (1 - share) ** (batch - below)
-        mean += min(below, cap) * chance
-    return min(batch, cap), mean
+    counts = np.arange(batch + 1)
+    mean = np.minimum(counts, cap) @ binom.pmf(counts, batch, share)
+    return min(batch, cap), float(mean)
 
 # %% ../../nbs/training/10_memory_plan.ipynb #f1b8d662
 @dataclass
@@ -399,26 +390,6 @@ def plan(
         step=step.gib,
     )
     return Plan({part: gib for part, gib in memory.items() if gib}, tflop)
-
-# %% ../../nbs/training/10_memory_plan.ipynb #0b50ad5f
-_SWITCHES: dict[str, dict[str, Any]] = {
-    "mixed_precision=bf16": dict(mixed_precision="bf16"),
-    "gradient_checkpointing=True": dict(gradient_checkpointing=True),
-    "use_8bit_adam=True": dict(use_8bit_adam=True),
-}
-
-
-def switch_table(
-    config: TrainConfig,  # with the switches off that one wants to see
-) -> str:  # Markdown
-    "What a step costs with one memory-saving switch after the other."
-    rows = {"as given": plan(config)}
-    for name, given in _SWITCHES.items():
-        config = replace(config, **given)
-        rows[name] = plan(config)
-    lines = ["| and | GiB | TFLOP a step |", "|---|---|---|"]
-    lines += [f"| `{name}` | {p.gib:.2f} | {p.tflop:.2f} |" for name, p in rows.items()]
-    return "\n".join(lines)
 
 # %% ../../nbs/training/10_memory_plan.ipynb #1be96c64
 def _remedies(config: TrainConfig, processes: int, going_on: bool) -> Iterator[dict[str, Any]]:

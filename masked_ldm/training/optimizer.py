@@ -51,7 +51,7 @@ def prepare_networks(
     if config.mixed_precision == "bf16":
         text_encoder.to(torch.bfloat16)
         if device.type != "cpu":  # there autocast gives norms float32, so their weights stay so
-            unet.to(torch.bfloat16)
+            nn.Module.to(unet, torch.bfloat16)  # diffusers' own warns of weights it has not
     set_checkpointing(branch, unet, vae, config.gradient_checkpointing)
     if config.channels_last:
         for network in (branch, unet, vae):
@@ -63,7 +63,7 @@ def compiled(
     f: Callable[..., Any],  # a module or function of tensors
     varying: bool = False,  # do their shapes change from call to call?
 ) -> Any:  # f
-    "Let f be compiled at its first call if the run asks for it: for its one shape, or, from the second shape on, for all."
+    "Compile f at its first call, if the run asks for it; from a second shape on for all shapes."
     if not config.torch_compile:
         return f
     return torch.compile(f, dynamic=None if varying else False)

@@ -27,7 +27,8 @@ def check_launcher(
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
             raise ConfigError(
-                f"{name} keeps trained weights in a form of its own, which checkpoints here do not hold: choose multi-GPU in accelerate config, which the branch fits"
+                f"{name} keeps trained weights in a form of its own, which checkpoints here do not "
+                "hold: choose multi-GPU in accelerate config, which the branch fits"
             )
 
 # %% ../../nbs/training/03_processes.ipynb #46676d55
@@ -62,9 +63,11 @@ def pictures_at_once(
     processes: int,
 ) -> int:
     "Count the pictures that a process sees at a time. Raises ConfigError for a batch that cannot be shared."
-    shares = config.gradient_accumulation_steps * processes
+    parts = config.gradient_accumulation_steps
+    shares = parts * processes
     if config.batch_size % shares:
         raise ConfigError(
-            f"batch_size {config.batch_size} is the whole batch and must be a multiple of {shares}: {processes} process(es) times gradient_accumulation_steps {config.gradient_accumulation_steps}"
+            f"batch_size {config.batch_size} is the whole batch and must be a multiple of {shares}: "
+            f"{processes} process(es) times gradient_accumulation_steps {parts}"
         )
     return config.batch_size // shares

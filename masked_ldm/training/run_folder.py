@@ -30,7 +30,8 @@ def choose_run_folder(config: TrainConfig) -> Path:
     path = Path(config.out_dir) if config.out_dir else _default_folder(config)
     if (path / "config.json").is_file() and not config.resume:
         raise ConfigError(
-            f"out_dir {path} already holds a run: name another folder, or pass resume='latest' to go on with it"
+            f"out_dir {path} already holds a run: name another folder, "
+            "or pass resume='latest' to go on with it"
         )
     probe = path / f".write-{os.getpid()}"
     try:

@@ -79,5 +79,6 @@ def dead_workers_explained() -> Iterator[None]:
         if "DataLoader worker" not in str(e):
             raise
         raise RuntimeError(
-            f"a data worker died ({first_line(e)}), most likely for want of memory: lower dataloader_num_workers, and go on with resume=latest"
+            f"a data worker died ({first_line(e)}), most likely for want of memory: "
+            "lower dataloader_num_workers, and go on with resume=latest"
         ) from None

@@ -49,10 +49,10 @@ def stratified_timesteps(
     key: tuple[Any, ...],  # (seed, step)
     n: int = 1000,  # timesteps there are
 ) -> tuple[Tensor, Tensor]:  # t (batch,), weight of each sample (batch,) float32
-    "Draw timesteps evenly below and above T, in random order, with the weights that keep them unbiased. Raises ValueError for one sample a step."
+    "Draw timesteps evenly below and above T, and weights that keep them unbiased. Raises ValueError for one sample."
     if batch < 2 and 0 < T < n:
         raise ValueError(
-            "stratified timesteps need 2 samples a step or more: one cannot be on both sides of T"
+            "stratified timesteps need 2 samples a step or more: one is not on both sides of T"
         )
     generator = keyed_generator("strata", *key)
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
@@ -89,7 +89,7 @@ def decode_weights(
 # %% ../../nbs/training/05_timesteps.ipynb #ef703766
 @dataclass
 class StepTimesteps:
-    "Timesteps of a whole batch, whichever process computes them; weights are None where every sample counts once."
+    "Timesteps of a whole batch; weights are None where every sample counts once."
 
     t: Tensor  # (B,)
     sample_weights: Tensor | None = None  # (B,) on every term of a sample
