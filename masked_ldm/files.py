@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_whole', 'write_text', 'write_json', 'remove_leftovers', 'read_json', 'file_sha256', 'json_sha256',
-           'keyed_generator', 'lock_folder', 'parse_shard']
+           'weights_sha256', 'keyed_generator', 'lock_folder', 'parse_shard']
 
 # %% ../nbs/09_files.ipynb #6f530ac5
 import hashlib
@@ -84,6 +84,17 @@ def file_sha256(path: str | Path) -> str:
 def json_sha256(value: Any) -> str:
     "SHA-256 of anything JSON."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def weights_sha256(network: "torch.nn.Module") -> str:
+    "SHA-256 of a module's weights: names, types, shapes and values."
+    import torch  # here, since what only writes files has no use for it
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../nbs/09_files.ipynb #7a479391
 def keyed_generator(

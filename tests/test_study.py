@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -98,9 +99,43 @@ class Server:
         return r.status, r.read()
 
 
+class Threaded(Server):
+    "The same in a thread, for tests that need not kill it."
+
+    def start(self):
+        from masked_ldm.study import app as study
+
+        app = study.create_app(study.Study(self.folder))
+        self.server = study.uvicorn.Server(study.uvicorn.Config(app, log_level="warning"))
+        listening = study._listen("127.0.0.1", self.port)
+        self.thread = threading.Thread(target=self.server.run, args=([listening],))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def kill(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+
 @pytest.fixture
 def server(tmp_path):
     s = Server(picture_folder(tmp_path / "study"))
+    yield s
+    s.kill()
+
+
+@pytest.fixture
+def threaded(tmp_path):
+    s = Threaded(picture_folder(tmp_path / "study"))
+    yield s
+    s.kill()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    "A server that is only asked, never voted on."
+    s = Threaded(picture_folder(tmp_path_factory.mktemp("asked") / "study", 2))
     yield s
     s.kill()
 
@@ -225,36 +260,36 @@ def test_a_vote_outlives_its_page(server, chromium):
     ready(back, 2)
 
 
-def test_two_tabs_of_a_fresh_browser(server, chromium):
+def test_two_tabs_of_a_fresh_browser(threaded, chromium):
     "Both ask before either has a cookie, so there are two voters for a moment: a vote on the other's page is refused in words, and nothing is lost silently."
     context = chromium.new_context(viewport=dict(width=1280, height=800))
     page = context.new_page()
-    page.goto(server.url)
+    page.goto(threaded.url)
     ready(page, 0)
     context.clear_cookies()
     other = context.new_page()
-    other.goto(server.url)
+    other.goto(threaded.url)
     ready(other, 0)  # the cookie is now the second tab's
     page.keyboard.press("ArrowLeft")
     page.wait_for_selector("#trouble:not([hidden])")
     assert (
         "was not counted" in page.inner_text("#trouble")
-        and not server.rows()
+        and not threaded.rows()
         and page.evaluate("localStorage.length") == 0
     )
     shot(page, "study_two_tabs")
     ready(page, 0)
     page.keyboard.press("ArrowLeft")
     ready(page, 1)
-    assert page.is_hidden("#trouble") and len(server.rows()) == 1
+    assert page.is_hidden("#trouble") and len(threaded.rows()) == 1
 
 
-def test_on_a_phone(server, chromium):
+def test_on_a_phone(threaded, chromium):
     first = chromium.new_context(
         viewport=dict(width=390, height=844), has_touch=True, is_mobile=True, device_scale_factor=2
     )
     page = first.new_page()
-    page.goto(server.url)
+    page.goto(threaded.url)
     ready(page, 0)
     shot(page, "study_phone")
 
@@ -272,20 +307,20 @@ def test_on_a_phone(server, chromium):
         page.tap("#right" if i % 2 else "#left")
         ready(page, i + 1)
     second = chromium.new_context().new_page()
-    second.goto(server.url)
+    second.goto(threaded.url)
     ready(second, 0)  # another browser is another voter
     for i in range(2):
         second.keyboard.press("ArrowLeft")
         page.tap("nav button[data-choice=same]")
         ready(second, i + 1)
         ready(page, i + 4)
-    rows = server.rows()
+    rows = threaded.rows()
     assert sorted(sum(r[0] == v for r in rows) for v in {r[0] for r in rows}) == [2, 5]
 
 
-def test_a_script_in_a_prompt_is_text(server, chromium):
+def test_a_script_in_a_prompt_is_text(threaded, chromium):
     page = chromium.new_context().new_page()
-    page.goto(server.url)
+    page.goto(threaded.url)
     shown = set()
     for i in range(20):
         ready(page, i)
@@ -310,15 +345,15 @@ def test_a_script_in_a_prompt_is_text(server, chromium):
         "/study.css/../../set.json",
     ],
 )
-def test_nothing_outside_is_served(server, path):
-    status, body = server.get(path)
+def test_nothing_outside_is_served(asked, path):
+    status, body = asked.get(path)
     assert status == 404 and b"secret" not in body and b"root:" not in body
 
 
-def test_results_need_the_key_and_the_host_is_checked(server):
-    assert server.get("/results")[0] == 403
-    assert server.get("/votes.csv?key=x")[0] == 403
-    assert server.get("/", Host="evil.example")[0] == 400
+def test_results_need_the_key_and_the_host_is_checked(asked):
+    assert asked.get("/results")[0] == 403
+    assert asked.get("/votes.csv?key=x")[0] == 403
+    assert asked.get("/", Host="evil.example")[0] == 400
 
 
 def test_open_to_the_network(tmp_path):
@@ -361,24 +396,14 @@ def test_open_to_the_network(tmp_path):
         s.kill()
 
 
-def test_wrong_folder_is_one_sentence(tmp_path):
-    r = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "masked_ldm.study.app",
-            str(tmp_path),
-            "--folder",
-            str(tmp_path / "s"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    last = r.stderr.strip().splitlines()[-1]
-    assert r.returncode == 1
-    assert last.startswith("masked-ldm-study: ") and "config.json is missing" in last
-    assert "Traceback" not in r.stderr
+def test_a_host_that_is_none_is_said_before_any_address(tmp_path, capsys):
+    from masked_ldm.study import app
+
+    folder = picture_folder(tmp_path / "study", 2)
+    for host, port in (("banana.invalid", "8765"), ("a" * 99, "8765"), ("192.0.2.7", "80")):
+        with pytest.raises(SystemExit, match=f"host {host}, port {port} cannot be served from"):
+            app.main([str(folder), "--host", host, "--port", port])
+    assert capsys.readouterr().out == ""
 
 
 def test_without_the_extra_it_is_one_sentence(tmp_path, monkeypatch):

@@ -6,9 +6,8 @@
 __all__ = ['LEVELS', 'Scores', 'one_step_scores', 'one_step_metrics', 'format_metrics', 'judge_runs']
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #3a28b38e
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,11 @@ from masked_ldm.evaluation.statistics import (
     paired_test,
 )
 from ..face_loss import FaceLoss
-from ..files import keyed_generator, read_json
+from ..files import keyed_generator
 from ..masked_lpips import MaskedLPIPS
-from ..models import Base, ControlledUNet, load_base, load_branch
+from ..models import Base, ControlledUNet, own_precision
 from ..one_step import diffusion_target, predict_x0
+from ..sample import MaskedLDMPipeline, Run, by_parts, pictures_at_once
 from ..training.networks import judge_of_faces, judge_of_people
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #2ac04c49
@@ -91,17 +91,21 @@ def one_step_scores(
     n: int = 32,
     levels: tuple[int, ...] = LEVELS,
     seed: int = 0,  # picture i gets the noise of (seed, i)
-    batch_size: int = 8,
+    batch_size: int | None = None,  # None: by the size of the pictures
 ) -> Scores:
     "Score one-step estimates against the truth."
-    n = min(n, len(val_set))
-    parts = []
-    for start in range(0, n, batch_size):
-        numbers = range(start, min(start + batch_size, n))
+
+    def score(part: slice) -> Sequence[dict[str, Tensor]]:  # one a picture
+        numbers = range(part.start, part.stop)
         batch = collate([val_set[i] for i in numbers]).to(base.device)
         generators = [keyed_generator(seed, i) for i in numbers]
-        parts.append(_score_batch(base, unet, batch, generators, levels, judge_people, judge_faces))
-    scores = {k: torch.cat([part[k] for part in parts]).double().numpy() for k in parts[0]}
+        with own_precision(base):
+            scores = _score_batch(base, unet, batch, generators, levels, judge_people, judge_faces)
+        return [{k: v[i] for k, v in scores.items()} for i in range(len(numbers))]
+
+    at_once = batch_size or pictures_at_once(val_set.size, 8)
+    rows = by_parts(score, min(n, len(val_set)), at_once)
+    scores = {k: torch.stack([row[k] for row in rows]).double().numpy() for k in rows[0]}
     return Scores(**scores, levels=tuple(levels))
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #30eaff5a
@@ -158,7 +162,7 @@ def format_metrics(
         for levels, test in by_range.items():
             row = [score, levels, *["-"] * 5, str(test["n"])]
             if test["change"] is not None:
-                low, high = 100 * test["low"], 100 * test["high"]
+                low, high = (test[end] and 100 * test[end] for end in ("low", "high"))
                 row[2:5] = [
                     f"{test['base']:.4f}",
                     f"{test['model']:.4f}",
@@ -170,63 +174,51 @@ def format_metrics(
     return markdown_table(head, rows)
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #6d1385d6
-def _read_run(run: Path) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    "Settings of a run, and what it must share with another to be compared: pictures and networks."
-    for name in ("config.json", "data.json", "controlnet/config.json"):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run / name} is missing: a finished run is needed")
-    config = read_json(run / "config.json")
-    shared = [config[name] for name in ("base", "size", "lpips_net", "face_net")]
-    return config, (read_json(run / "data.json")["val"], config.get("crop", "center"), *shared)
-
-
-def _score_runs(
-    runs: Mapping[str, Path],
-    config: Mapping[str, Any],  # of any of them
-    device: str | torch.device,
-    **how: Any,
-) -> dict[str, Scores]:  # {"base" or name: scores}
-    "Score runs that share pictures and networks, and their base."
-    base = load_base(config["base"], device)
-    val = read_json(next(iter(runs.values())) / "data.json")["val"]
-    val_set = PersonDataset(val, config["size"], crop=config.get("crop", "center"))
-    people = judge_of_people(config["lpips_net"]).to(device)
-    faces = judge_of_faces(config["face_net"]).to(device)
-    scores = {"base": one_step_scores(base, base.unet, val_set, people, faces, **how)}
-    for name, run in runs.items():
-        model = ControlledUNet(base.unet, load_branch(run / "controlnet", device).eval())
-        scores[name] = one_step_scores(base, model, val_set, people, faces, **how)
-    return scores
+def _shared(run: Run) -> tuple[Any, ...]:
+    "What a run must share with another to be compared: pictures and networks. Raises KeyError."
+    return (
+        run.data["val"],
+        run.config.get("crop", "center"),
+        *(run.config[name] for name in ("size", "lpips_net", "face_net")),
+    )
 
 
 def judge_runs(
-    runs: Mapping[str, str | Path],  # {name: run folder}
+    models: Mapping[str, MaskedLDMPipeline],  # the base, named "base", and each run
+    runs: Mapping[str, Run],
     n: int = 64,
     levels: tuple[int, ...] = LEVELS,
     seed: int = 1,
-    device: str | torch.device = "cpu",
 ) -> tuple[dict[str, Any], list[str]]:  # {"LATER minus EARLIER": differences}, notes
     "Compare runs with their base and with earlier runs; a note says what could not be judged."
-    notes, configs = [], {}
+    notes = []
     shared: dict[str, tuple[Any, ...]] = {}
     for name, run in runs.items():
         try:
-            configs[name], shared[name] = _read_run(Path(run))
-        except (OSError, ValueError, KeyError) as e:
-            reason = f"its record lacks {e}" if isinstance(e, KeyError) else e
-            notes.append(f"no one-step metrics of {name}: {reason}")
+            shared[name] = _shared(run)
+        except KeyError as e:
+            notes.append(f"no one-step metrics of {name}: its record lacks {e}")
     if not shared:
         return {}, notes
     first = next(iter(shared))
-    alike = {name: Path(runs[name]) for name in shared if shared[name] == shared[first]}
-    for name in shared.keys() - alike.keys():
+    alike = [name for name in shared if shared[name] == shared[first]]
+    for name in shared.keys() - set(alike):
         notes.append(f"no one-step metrics of {name}: other pictures or networks than {first}")
+
+    base = models["base"].base
+    val, crop, size, lpips_net, face_net = shared[first]
     try:
-        scores = _score_runs(alike, configs[first], device, n=n, levels=levels, seed=seed)
+        val_set = PersonDataset(val, size, crop=crop)
+        people = judge_of_people(lpips_net).to(base.device)
+        faces = judge_of_faces(face_net).to(base.device)
     except (OSError, ValueError) as e:
         return {}, [*notes, f"no one-step metrics: {e}"]
+    scores = {
+        name: one_step_scores(base, models[name].unet, val_set, people, faces, n, levels, seed)
+        for name in ("base", *alike)
+    }
     differences = {
-        f"{b} minus {a}": _differences(scores[a], scores[b], configs[b]["T"] or None)
+        f"{b} minus {a}": _differences(scores[a], scores[b], runs[b].config.get("T"))
         for a, b in model_pairs(scores)
     }
     return differences, notes

@@ -19,6 +19,7 @@ from masked_ldm.evaluation.fid import (
     kid_pseudo_values,
 )
 from masked_ldm.evaluation.statistics import (
+    FEWEST,
     bootstrap_ci,
     detectable_effect,
     holm_correction,
@@ -58,7 +59,7 @@ def _enough_crops(
     return {
         model: (features, prompt_of)
         for model, (features, prompt_of) in crops.items()
-        if len(features) >= 8 and len(np.unique(prompt_of)) >= 4
+        if len(features) >= 8 and len(np.unique(prompt_of)) >= FEWEST
     }
 
 

@@ -10,10 +10,14 @@ __all__ = ['BETTER', 'Detections', 'ToyDetector', 'ViTPose', 'PhotoDetector', 'p
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import ndimage
@@ -37,9 +41,9 @@ class Detections:
 
     faces: list[np.ndarray]  # N of (n,4): x0, y0, x1, y1
     face_scores: list[np.ndarray]  # N of (n,), in [0,1]
-    people: list[np.ndarray]  # N of (n,4), largest first
-    joints: list[np.ndarray]  # N of (n,17,3), a row a person: x, y, confidence in [0,1]
-    count: np.ndarray  # (N,) people
+    people: list[np.ndarray] | None = None  # N of (n,4), largest first; None: not looked for
+    joints: list[np.ndarray] | None = None  # N of (n,17,3), a row a person: x, y, confidence
+    count: np.ndarray | None = None  # (N,) people
     labels: dict[str, Any] | None = None  # from `predict_labels`; None: no words are known
 
 # %% ../../nbs/evaluation/02_people_metrics.ipynb #d4ba91d1
@@ -98,6 +102,25 @@ class ToyDetector:
         )
 
 # %% ../../nbs/evaluation/02_people_metrics.ipynb #e1cc369f
+@lru_cache(maxsize=1)
+def _hub_answers() -> bool:
+    "Ask the Hub once: where it does not answer, transformers asks again and again for a minute."
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:
+        return False
+    return True
+
+
+def _load(kind: Any, name: str) -> Any:
+    "A network or a processor of transformers, from a folder, the cache or the Hub."
+    weights = {} if "Processor" in kind.__name__ else {"use_safetensors": True}
+    elsewhere = not Path(name).exists() and _hub_answers()
+    return kind.from_pretrained(name, local_files_only=not elsewhere, **weights)
+
+
 class ViTPose:
     "Finds people by an object detector and their joints by ViTPose. Raises FileNotFoundError without weights."
 
@@ -115,12 +138,10 @@ class ViTPose:
         )
 
         try:
-            self.pose: Any = VitPoseForPoseEstimation.from_pretrained(pose, use_safetensors=True)
-            self.detector: Any = AutoModelForObjectDetection.from_pretrained(
-                detector, use_safetensors=True
-            )
-            self.to_pose = AutoImageProcessor.from_pretrained(pose)
-            self.to_detector = AutoImageProcessor.from_pretrained(detector)
+            self.pose = _load(VitPoseForPoseEstimation, pose)
+            self.detector = _load(AutoModelForObjectDetection, detector)
+            self.to_pose = _load(AutoImageProcessor, pose)
+            self.to_detector = _load(AutoImageProcessor, detector)
         except (OSError, ValueError) as e:
             raise FileNotFoundError(
                 f"the pose reader needs {pose} and {detector}, which could not be loaded or"
@@ -170,11 +191,11 @@ class PhotoDetector:
 
     def __init__(
         self,
-        pose: ViTPose,
+        pose: ViTPose | None,  # None: only faces are looked for
         device: str | torch.device = "cpu",  # of MTCNN
     ):
         self.pose, self.device = pose, device
-        self.names = dict(faces="MTCNN (facenet-pytorch)") | pose.names
+        self.names = dict(faces="MTCNN (facenet-pytorch)") | (pose.names if pose else {})
 
     def __call__(self, pictures: Pictures) -> Detections:
         if isinstance(pictures, Tensor):
@@ -182,19 +203,19 @@ class PhotoDetector:
             pictures = [Image.fromarray(picture) for picture in pixels]
         images = [image.convert("RGB") for image in pictures]
         faces = detect_faces(images, 20, device=self.device)
-        people, joints = [], []
-        for image in images:
-            boxes, found = self.pose(image)
-            largest_first = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], 1))
-            people.append(boxes[largest_first])
-            joints.append(found[largest_first])
-        return Detections(
+        found = Detections(
             faces=[boxes.numpy() for boxes, _ in faces],
             face_scores=[scores.numpy() for _, scores in faces],
-            people=people,
-            joints=joints,
-            count=np.array([len(boxes) for boxes in people]),
         )
+        if self.pose:
+            found.people, found.joints = [], []
+            for image in images:
+                boxes, joints = self.pose(image)
+                largest_first = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], 1))
+                found.people.append(boxes[largest_first])
+                found.joints.append(joints[largest_first])
+            found.count = np.array([len(boxes) for boxes in found.people])
+        return found
 
 # %% ../../nbs/evaluation/02_people_metrics.ipynb #e0cc9f01
 _ONE = [
@@ -285,20 +306,23 @@ def people_measures(
     "The table's numbers, one a picture. Raises ValueError unless there is a prompt for each picture."
     wanted = np.asarray(wanted, float)
     n = len(wanted)
-    if n != len(found.count):
-        raise ValueError(f"{len(found.count)} pictures were seen, but {n} prompts are given")
-    names = ("faces", "face_confidence", "joints", "joint_confidence", "limb_error")
+    if n != len(found.faces):
+        raise ValueError(f"{len(found.faces)} pictures were seen, but {n} prompts are given")
+    names = ["faces", "face_confidence"]
+    if found.joints is not None:
+        names += ["joints", "joint_confidence", "limb_error"]
     values = {name: np.full(n, np.nan) for name in names}
     for i, people in enumerate(wanted):
         if people > 0:
             values["faces"][i] = min(len(found.faces[i]), people) / people
         if len(found.face_scores[i]):
             values["face_confidence"][i] = found.face_scores[i][0]
-        if people == 1:
+        if people == 1 and found.joints is not None:
             joints = found.joints[i][0] if len(found.joints[i]) else np.zeros((17, 3))
             values["joints"][i], values["limb_error"][i] = limb_lengths(joints, ratios=limb_ratios)
             values["joint_confidence"][i] = joints[:, 2].mean()
-    values["count_error"] = np.abs(found.count - wanted)
+    if found.count is not None:
+        values["count_error"] = np.abs(found.count - wanted)
     values["sharpness"] = sharpness(pictures, found.faces)
     if scenes is not None and found.labels is not None:
         values |= _label_measures(found.labels, scenes)
@@ -331,8 +355,8 @@ def clip_score(
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        network: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
-        processor = CLIPProcessor.from_pretrained(model)
+        network = _load(CLIPModel, model).eval()
+        processor = _load(CLIPProcessor, model)
     except (OSError, ValueError) as e:
         raise FileNotFoundError(
             f"the CLIP score needs {model}, which could not be loaded or downloaded"

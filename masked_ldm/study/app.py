@@ -11,6 +11,7 @@ import hmac
 import io
 import ipaddress
 import json
+import os
 import random
 import secrets
 import socket
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ..data.images import check_image_files
 from ..files import file_sha256, read_json
 from masked_ldm.settings import (
     Parser,
@@ -62,16 +64,20 @@ def open_set(
         )
     about = read_json(note)
     prompts, models = about.get("prompts"), about.get("models")
-    if not (isinstance(prompts, list) and prompts and isinstance(models, dict)):
+    has_prompts = isinstance(prompts, list) and prompts and all(isinstance(p, str) for p in prompts)
+    if not (has_prompts and isinstance(models, dict)):
         raise ValueError(f"{note} does not describe a set of pictures")
     pictures = {
         model: [folder / "pictures" / f"{k}_{i:05d}.png" for i in range(len(prompts))]
         for k, model in enumerate(models)
     }
-    lost = [file for of_model in pictures.values() for file in of_model if not file.is_file()]
-    if lost:
+    files = sum(pictures.values(), [])
+    problems = check_image_files(files)
+    bad = [f"{file} {problem}" for file, problem in zip(files, problems, strict=True) if problem]
+    if bad:
         raise FileNotFoundError(
-            f"{lost[0]} is missing, and {len(lost) - 1} more: the set was not finished"
+            f"{bad[0]}; of {len(files)} pictures {len(bad)} cannot be shown:"
+            " the set was not finished, or is damaged"
         )
     return prompts, pictures
 
@@ -367,13 +373,16 @@ def _asset(name: str, kind: str) -> Callable[[Any], "Response"]:
     return lambda request: Response(body, media_type=kind)
 
 
+_MISSING = "the study page needs Starlette: pip install 'masked_ldm[study]'"
+
+
 def create_app(
     study: Study,
     hosts: Iterable[str] = (),  # further host names it answers to; ("*",) for any
 ) -> "Starlette":
     "Make the ASGI application. Raises RuntimeError without the extra `study`."
     if not _INSTALLED:
-        raise RuntimeError("the study page needs Starlette: pip install 'masked_ldm[study]'")
+        raise RuntimeError(_MISSING)
     handlers = _Handlers(study)
     results = handlers.with_key(lambda: results_page(study), "text/html")
     routes = [
@@ -397,22 +406,21 @@ def make_set(
     n: int = 20,  # prompts
     seed: int = 0,  # of the noise
 ) -> Path:  # the folder
-    "Draw a study's pictures on held-out prompts, with the first run's sampler. Raises what `load_models` raises."
-    from masked_ldm.evaluate import held_out  # here: a finished set is served without diffusers
-    from masked_ldm.sample import find_run, load_models, picture_set, run_config, run_sampler
+    "Draw a study's pictures on held-out prompts, with the first run's sampler. Raises what `open_runs` and `load_models` raise."
+    # here: a finished set is served without diffusers
+    from masked_ldm.evaluate import held_out
+    from masked_ldm.sample import load_models, memory_explained, open_runs, picture_set, sampler_of
 
-    mine = [run for run in runs if run != "base"]
-    if not mine:
+    opened = open_runs([run for run in runs if run != "base"])
+    if not opened:
         raise ValueError("a study needs a run folder beside the base")
-    models = load_models(mine)
-    if "base" not in runs and len(mine) > 1:
-        del models["base"]
-
-    run = find_run(mine[0])
-    config = run_config(run)
-    data = read_json(run / "data.json") if (run / "data.json").is_file() else {}
-    prompts = held_out(config, data, n, 1).prompts
-    picture_set(models, prompts, folder, seed, **run_sampler(config))
+    first = next(iter(opened.values()))
+    prompts = held_out(first.config, first.data, n, 1).prompts
+    with memory_explained(folder):
+        models = load_models(opened)
+        if "base" not in runs and len(opened) > 1:
+            del models["base"]
+        picture_set(models, prompts, folder, seed, **sampler_of(first.config))
     return Path(folder)
 
 # %% ../../nbs/study/02_app.ipynb #d9732aa9
@@ -421,10 +429,26 @@ class StudySettings:
     "A blind comparison of runs, or of the pictures of an evaluation."
 
     folder: str = setting("runs/study", "where pictures and votes go")
-    n: int = setting(20, "prompts asked about, each for every two models and question", least=1)
+    n: int = setting(
+        20, "prompts asked about, each for every two models and question", least=1, most=100_000
+    )
     seed: int = setting(0, "of the noise", least=0, most=2**32 - 1)
     host: str = setting("127.0.0.1", "0.0.0.0 lets others in the network vote")
     port: int = setting(8765, "where it is served", least=1, most=65535)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    "Own an address before it is announced. Raises OSError where that cannot be."
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, UnicodeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(f"host {host}, port {port} cannot be served from: {reason}") from None
+    return listening
 
 
 def _announcement(study: Study, host: str, port: int) -> str:
@@ -466,18 +490,20 @@ def main(
 
     def work() -> None:
         settings = make_settings(StudySettings, settings_given(StudySettings, line))
+        if not (_INSTALLED or line.results):
+            raise RuntimeError(_MISSING)
         folder = line.runs[0]
-        if len(line.runs) > 1 or not (Path(folder) / "set.json").is_file():
+        if len(line.runs) > 1 or not os.path.isfile(Path(folder) / "set.json"):
             folder = make_set(line.runs, settings.folder, settings.n, settings.seed)
-        study = Study(folder, line.questions, settings.n)
+        study = Study(folder, list(dict.fromkeys(line.questions)), settings.n)
         if line.results:
             print(study.votes.csv(), end="")
             return
         app = create_app(study, line.allow_host)
-        print(_announcement(study, settings.host, settings.port), flush=True)
-        uvicorn.run(
-            app, host=settings.host, port=settings.port, log_level="warning", access_log=False
-        )
+        with _listen(settings.host, settings.port) as listening, suppress(KeyboardInterrupt):
+            print(_announcement(study, settings.host, settings.port), flush=True)
+            quiet = uvicorn.Config(app, log_level="warning", access_log=False)
+            uvicorn.Server(quiet).run(sockets=[listening])
 
     run_command("masked-ldm-study", work)
 

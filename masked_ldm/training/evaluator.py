@@ -57,7 +57,6 @@ class Evaluator:
                 below=self.config.T or None,
                 n=self.config.val_pictures,
                 seed=1,
-                batch_size=8 if self.config.size <= 128 else 1,
             )
         return metrics
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..models import Base, make_branch
+from ..models import Base, make_branch, set_precision
 from .config import TrainConfig
 
 # %% ../../nbs/training/07_optimizer.ipynb #38b5bc3c
@@ -47,11 +47,7 @@ def prepare_networks(
     "Set precision, checkpointing and memory order of a run's networks."
     unet: Any = base.unet
     vae: Any = base.vae
-    text_encoder: Any = base.text_encoder
-    if config.mixed_precision == "bf16":
-        text_encoder.to(torch.bfloat16)
-        if device.type != "cpu":  # there autocast gives norms float32, so their weights stay so
-            nn.Module.to(unet, torch.bfloat16)  # diffusers' own warns of weights it has not
+    set_precision(base, config.mixed_precision, device)
     set_checkpointing(branch, unet, vae, config.gradient_checkpointing)
     if config.channels_last:
         for network in (branch, unet, vae):
