@@ -111,7 +111,7 @@ class EvalSettings:
     )
     sample_scheduler: str | None = setting(None, "else the protocol's", choices=SCHEDULERS)
     size: int | None = setting(
-        None, "of the drawn pictures, pixels; else the run's", least=32, most=8192
+        None, "of the drawn pictures, pixels; else the run's", least=32, most=4096
     )
 
     def check(self) -> None:

@@ -479,7 +479,7 @@ class SampleSettings:
         None, "of the guidance; else the run's", least=0, most=100
     )
     sample_scheduler: str | None = setting(None, "sampler; else the run's", choices=SCHEDULERS)
-    size: int | None = setting(None, "side in pixels; else the run's", least=32, most=8192)
+    size: int | None = setting(None, "side in pixels; else the run's", least=32, most=4096)
     strength: float = setting(1.0, "of the branch; 0 is the base alone", least=-10, most=10)
     out: str = setting("grid.png", "picture to write: .png, .jpg or .webp")
 

@@ -85,7 +85,16 @@ def test_a_flag_that_cannot_be(good, tmp_path, capsys, door, flag, value):
 @pytest.mark.parametrize("door", DOORS)
 def test_a_door_without_a_run(door, capsys):
     assert "runs" in refused(door, [], capsys)
-    for nobody in ("nowhere", "no/where", "", ".", "setup.py", "a" * 300):
+    for nobody in (
+        "nowhere",
+        "no/where",
+        "",
+        ".",
+        "setup.py",
+        "a" * 300,
+        "line\\nbreak",
+        "\\udcff",
+    ):
         assert "config.json" in refused(door, [nobody], capsys)
 
 
