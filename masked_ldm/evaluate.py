@@ -119,6 +119,9 @@ class EvalSettings:
         check_settings(self)
         if self.size:
             check_size(self.size)
+
+    def check_places(self) -> None:
+        "Raise ConfigError for a file that is not there, or a folder that cannot be written."
         if self.inception and not Path(self.inception).is_file():
             raise ConfigError(f"inception {self.inception} is no file")
         there = next(p for p in (self.folder, *self.folder.resolve().parents) if os.path.exists(p))
@@ -448,6 +451,7 @@ def evaluate(
 ) -> dict[str, Any]:  # the report, also written to evaluation.json
     "Compare runs with their base and each other. Raises ValueError, FileNotFoundError or OutOfMemory with what is wrong."
     settings = settings or EvalSettings()
+    settings.check_places()
     opened = open_runs(runs)
     if settings.data_root:
         opened = {name: moved(run, settings.data_root) for name, run in opened.items()}

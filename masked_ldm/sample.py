@@ -431,12 +431,16 @@ def open_runs(
         raise ValueError(f"a run is named twice: {', '.join(run.path for run in runs)}")
     bases = {BASES.get(run.config["base"], run.config["base"]) for run in runs}
     sizes = {str(run.config["size"]) for run in runs if "size" in run.config}
-    for what, values in dict(base=bases, size=sizes).items():
-        if len(values) > 1:
-            raise ValueError(
-                f"the runs have different {what}s, {' and '.join(sorted(values))}:"
-                f" only runs of one {what} can be compared"
-            )
+    if len(bases) > 1:
+        raise ValueError(
+            f"the runs have different bases, {' and '.join(sorted(bases))}:"
+            " only runs of one base can be compared"
+        )
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the runs have different sizes, {' and '.join(sorted(sizes))} pixels:"
+            " only runs of one size can be compared"
+        )
     return dict(zip(_run_names(runs), runs, strict=True))
 
 
