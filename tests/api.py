@@ -23,11 +23,11 @@ def _anchor(symbols, full):
 @lru_cache(None)
 def modules():
     "{module: dict(notebook, says, names: {public name: its anchor or ''})}, in the sidebar's order."
-    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text())
-    index = (ROOT / "masked_ldm" / "_modidx.py").read_text().split("=", 1)[1].strip()
+    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text("utf-8"))
+    index = (ROOT / "masked_ldm" / "_modidx.py").read_text("utf-8").split("=", 1)[1].strip()
     found = {}
     for full, symbols in ast.literal_eval(index)["syms"].items():
-        text = (ROOT / (full.replace(".", "/") + ".py")).read_text()
+        text = (ROOT / (full.replace(".", "/") + ".py")).read_text("utf-8")
         tree = ast.parse(text)
         found[full.partition(".")[2]] = dict(
             notebook=re.search(r"File to edit: (?:\.\./)+nbs/(.+\.ipynb)", text)[1],
@@ -59,4 +59,4 @@ def api():
 
 
 if __name__ == "__main__":
-    (ROOT / "nbs" / "api.md").write_text(api())
+    (ROOT / "nbs" / "api.md").write_text(api(), "utf-8")

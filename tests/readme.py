@@ -28,4 +28,4 @@ def readme():
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme())
+    (ROOT / "README.md").write_text(readme(), "utf-8")

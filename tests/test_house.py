@@ -132,7 +132,7 @@ def test_what_is_printed_is_shown(path):
 
 
 def test_readme_is_the_index():
-    assert (ROOT / "README.md").read_text() == readme()
+    assert (ROOT / "README.md").read_text("utf-8") == readme()
 
 
 def test_readme_links_exist():
@@ -145,7 +145,7 @@ def test_quarto_file_is_one():
 
 
 def test_sidebar_lists_every_notebook():
-    listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text()))
+    listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text("utf-8")))
     assert listed == {str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS}
 
 
@@ -153,7 +153,9 @@ def test_sidebar_lists_every_notebook():
 
 
 MODULES = {
-    ".".join(p.relative_to(ROOT / "masked_ldm").with_suffix("").parts): ast.parse(p.read_text())
+    ".".join(p.relative_to(ROOT / "masked_ldm").with_suffix("").parts): ast.parse(
+        p.read_text("utf-8")
+    )
     for p in sorted((ROOT / "masked_ldm").rglob("*.py"))
     if p.name not in ("_modidx.py", "__init__.py")
 }
@@ -250,7 +252,7 @@ def test_folders_are_packages():
 
 
 def test_sidebar_order_is_file_order():
-    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text())
+    listed = re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text("utf-8"))
     for folder in {str(Path(p).parent) for p in listed} - {"experiments", "howto"}:
         pages = [p for p in listed if str(Path(p).parent) == folder and p != "index.ipynb"]
         assert pages == sorted(pages), folder

@@ -46,7 +46,7 @@ def name(p):
 def text(page):
     "A page's prose."
     return (
-        page.read_text()
+        page.read_text("utf-8")
         if page.suffix == ".md"
         else "\n\n".join(
             c.source for c in nbformat.read(page, 4).cells if c.cell_type == "markdown"
@@ -137,13 +137,17 @@ def _hrefs(items):
 
 def test_sidebar_has_every_page_once():
     listed = list(
-        _hrefs(yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"])
+        _hrefs(
+            yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))["website"]["sidebar"][
+                "contents"
+            ]
+        )
     )
     assert sorted(listed) == sorted(str(p.relative_to(NBS)) for p in PAGES)
 
 
 def test_reference_is_what_is_exported():
-    assert (NBS / "api.md").read_text() == api(), "run: python tests/api.py"
+    assert (NBS / "api.md").read_text("utf-8") == api(), "run: python tests/api.py"
 
 
 def test_pages_of_prose_say_what_they_need():
@@ -249,7 +253,7 @@ def sentences():
         _plain(n)
         for p in (ROOT / "masked_ldm").rglob("*.py")
         if p.name != "_modidx.py"
-        for n in ast.walk(ast.parse(p.read_text()))
+        for n in ast.walk(ast.parse(p.read_text("utf-8")))
         if isinstance(n, (ast.JoinedStr, ast.Constant, ast.BinOp))
     }
 
@@ -394,7 +398,7 @@ def _papermill(args):
 
 def _make(args):
     assert args and all(
-        re.search(rf"^{a}:", (ROOT / "Makefile").read_text(), re.M) for a in args
+        re.search(rf"^{a}:", (ROOT / "Makefile").read_text("utf-8"), re.M) for a in args
     ), args
 
 
@@ -412,7 +416,6 @@ def _pip(args):
 def _nbdev(program, args):
     import nbdev.clean
     import nbdev.doclinks
-    import nbdev.export
     import nbdev.test
     from fastcore.script import anno_parser
 
@@ -591,7 +594,7 @@ def test_python_shown_has_real_names(page):
 
 
 def test_citation():
-    c = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    c = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert (
         c["cff-version"] == "1.2.0" and c["message"] and c["title"] and c["license"] == "Apache-2.0"
     )
@@ -612,7 +615,7 @@ def test_citation():
 def test_changelog_knows_the_version():
     assert re.search(
         rf"^## \[{re.escape(SETTINGS['version'])}\]|^To become {re.escape(SETTINGS['version'])}\b",
-        (ROOT / "CHANGELOG.md").read_text(),
+        (ROOT / "CHANGELOG.md").read_text("utf-8"),
         re.M,
     )
 

@@ -63,7 +63,7 @@ def test_resumed_is_never_stopped(tmp_path, whole):
         train(TrainConfig.make(**half))
     with pytest.raises(ConfigError, match="lambda1 was 0.2, is 0.3"):
         train(TrainConfig.make(**half, resume="latest", lambda1=0.3))
-    with open(tmp_path / "half" / "metrics.jsonl", "a") as f:
+    with open(tmp_path / "half" / "metrics.jsonl", "a", encoding="utf-8") as f:
         f.write('{"step": 4, "lo')  # as a kill leaves it
     rest = train(TrainConfig.make(**half, resume="latest"))
     assert [r["step"] for r in rest.history] == list(range(1, 9))
@@ -734,7 +734,9 @@ def test_a_dead_data_worker_is_said_in_one_sentence(whole, tmp_path):
     }
     p = start(*flags(given))
     wait_for(lambda: steps_done(tmp_path / "run") >= 2)
-    children = [int(c) for c in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
+    children = [
+        int(c) for c in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text("utf-8").split()
+    ]
     assert children
     os.kill(children[-1], signal.SIGKILL)
     text = p.communicate(timeout=120)[0]
