@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Settings', 'ConfigError', 'setting', 'convert', 'range_of', 'check_settings', 'did_you_mean', 'make_settings',
-           'settings_table', 'Parser', 'add_settings', 'settings_given', 'is_user_error', 'first_line', 'run_command',
-           'is_main']
+           'parameters_given', 'settings_table', 'Parser', 'add_settings', 'settings_given', 'is_user_error',
+           'first_line', 'run_command', 'is_main']
 
 # %% ../nbs/08_settings.ipynb #50755173
 import argparse
 import difflib
+import io
 import math
 import sys
 import typing
@@ -152,6 +153,20 @@ def make_settings(
         check_settings(config)
     return config
 
+# %% ../nbs/08_settings.ipynb #pa5a0002
+def parameters_given(
+    names: typing.Mapping[str, Any],  # `globals()` right behind a notebook's parameters
+    before: Iterable[str],  # the names that were there before them
+    known: Iterable[str],  # the parameters that the notebook has
+) -> dict[str, Any]:
+    "Collect the parameters of a notebook. Raises ConfigError for one that it does not have."
+    known, before = list(known), set(before)
+    given = {k: v for k, v in names.items() if k not in before and not k.startswith("_")}
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown parameter {name!r}; {did_you_mean(name, known)}")
+    return given
+
 # %% ../nbs/08_settings.ipynb #3da950a7
 def settings_table(
     cls: type,  # a settings class
@@ -262,6 +277,9 @@ def run_command(
     work: Callable[[], Any],
 ) -> None:
     "Run a command's work; end the process with one sentence, and 1, for a user's mistake, and with 128 + signal for a stop."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has every letter
     try:
         work()
     except KeyboardInterrupt as e:

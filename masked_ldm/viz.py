@@ -10,6 +10,8 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -29,6 +31,27 @@ def to_pil(
     return to_pil_image(values.clamp(0, 1)).convert("RGB")
 
 # %% ../nbs/11_viz.ipynb #f574d8f8
+def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    if not character.isprintable():
+        return False
+    return character == " " or bytes(font.getmask(character)) != bytes(font.getmask("\ue000"))
+
+
+def _font_for(texts: Iterable[str]) -> ImageFont.FreeTypeFont:
+    "Pillow's own font, or matplotlib's where that lacks a character."
+    font: ImageFont.FreeTypeFont = ImageFont.load_default(11)  # type: ignore[assignment]
+    matplotlib = find_spec("matplotlib")
+    if all(_has(font, c) for c in set("".join(texts))) or not (matplotlib and matplotlib.origin):
+        return font
+    file = Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(file, 10, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _shown(text: str, font: ImageFont.FreeTypeFont) -> str:
+    "A text with the codes of the characters that a font lacks."
+    return "".join(c if _has(font, c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def image_grid(
     rows: Sequence[Tensor | Sequence[Tensor | Image.Image]],  # a row: (N,C,H,W), or a list
     titles: Sequence[str] = (),  # a name for each row
@@ -39,10 +62,12 @@ def image_grid(
     "Draw rows of pictures under one another."
     pictures = [[to_pil(picture) for picture in row] for row in rows]
     width, height = (side * scale for side in pictures[0][0].size)
-    font = ImageFont.load_default(11)
+    font = _font_for([*titles, *heads])
+    titles = [_shown(title, font) for title in titles]
 
     columns = max(len(row) for row in pictures)
-    wrapped = [textwrap.wrap(head, max(6, round(width / 6.4))) for head in heads]
+    characters = max(6, round(width / 6.4))
+    wrapped = [textwrap.wrap(_shown(" ".join(head.split()), font), characters) for head in heads]
     left = 12 + max(round(font.getlength(title)) for title in titles) if titles else 0
     top = 6 + 13 * max(len(lines) for lines in wrapped) if heads else 0
 

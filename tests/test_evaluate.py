@@ -6,10 +6,11 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 
 def make_run(path, T=100, noise=0.03):
@@ -178,3 +179,173 @@ def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
     with pytest.raises(ValueError, match="names no 'val'"):
         held_out(config, {}, 4, 3)
     assert not {p.tobytes() for p in few.real} & {p.tobytes() for p in few.reference}
+
+
+def test_a_terminal_without_the_letters(monkeypatch):
+    from masked_ldm.settings import run_command
+
+    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", latin)
+    run_command("tea", lambda: print("faces \u2191 \u4eba"))
+    latin.flush()
+    assert latin.buffer.getvalue() == b"faces \\u2191 \\u4eba\n"
+
+
+def test_a_run_is_drawn_as_it_was_trained(tmp_path):
+    "Its size and its precision, unless another size is asked for; latents stay in float32."
+    from masked_ldm.sample import MaskedLDMPipeline, load_models, open_runs, sample
+
+    config = json.loads((make_run(tmp_path / "run") / "config.json").read_text())
+    config |= dict(size=32, mixed_precision="bf16")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    models = load_models(open_runs([tmp_path / "run"]), device="cpu")
+    assert models["run"].base.unet is models["base"].unet  # one copy
+    assert models["run"].text_encoder.dtype == torch.bfloat16
+    seen = []
+    step = models["run"].vae.decode
+    models["run"].vae.decode = lambda z, **k: seen.append(z.dtype) or step(z, **k)
+    (drawn,) = sample(models["run"], ["a"], steps=1, guidance_scale=1.0)
+    (asked,) = sample(models["run"], ["a"], steps=1, guidance_scale=1.0, size=40)
+    assert drawn.size == (32, 32) and asked.size == (40, 40)
+    assert seen == [torch.float32] * 2
+    one = dict(num_inference_steps=1, guidance_scale=1.0)
+    assert MaskedLDMPipeline.from_run(tmp_path / "run")("a", **one).images[0].size == (32, 32)
+
+
+def test_names_of_runs_differ(tmp_path):
+    from masked_ldm.sample import open_runs
+
+    paths = [tmp_path / name for name in ("a/run", "b/run", "base", "my | run")]
+    for path in paths:
+        make_run(path)
+    assert list(open_runs(paths[:2])) == ["a/run", "b/run"]
+    assert list(open_runs([paths[3]])) == ["my_run"]
+    (name,) = open_runs([paths[2]])
+    assert name.endswith("/base") and name != "base"
+    (tmp_path / "link").symlink_to(paths[0])
+    for again in (paths[0], f"{paths[0]}/", f"{tmp_path}/b/../a/run", tmp_path / "link"):
+        with pytest.raises(ValueError, match="a run is named twice"):
+            open_runs([paths[0], again])
+
+
+def test_memory_that_does_not_suffice(tmp_path):
+    "Fewer at a time, as long as that helps; then one sentence."
+    from masked_ldm.sample import by_parts, memory_explained
+    from masked_ldm.training.memory_plan import OutOfMemory
+
+    tried = []
+
+    def work(part, fits=2):
+        tried.append(part.stop - part.start)
+        if tried[-1] > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return range(part.start, part.stop)
+
+    assert by_parts(work, 7, 8) == list(range(7)) and tried == [7, 4, 2, 2, 2, 1]
+    with (
+        pytest.raises(OutOfMemory, match="one picture at a time.* kept in some/where"),
+        memory_explained("some/where"),
+    ):
+        by_parts(lambda part: work(part, 0), 3, 8)
+    with pytest.raises(ValueError), memory_explained():
+        by_parts(lambda part: int("x"), 3, 8)
+
+
+@pytest.mark.parametrize("mixed_precision, most", [("bf16", 7.0), ("no", 10.0)])
+def test_stable_diffusion_is_judged_within_ten_gib(mixed_precision, most):
+    "Two runs at 512 px by count: weights of base, branches and judges, and the most that drawing or judging needs beside them."
+    from masked_ldm.models import ControlledUNet, make_branch, own_precision, set_precision
+    from masked_ldm.training import memory_plan as plan
+
+    base = plan.empty_base("sd15")
+    with torch.device("meta"):
+        branches = [make_branch(base.unet).eval().requires_grad_(False) for _ in range(2)]
+    set_precision(base, mixed_precision, torch.device("cuda"))
+    networks = (base.vae, base.unet, base.text_encoder, *branches)
+    for network in networks:
+        plan.without_content(network)
+    model = ControlledUNet(base.unet, branches[0])
+    x, text, pixels = plan.empty(2, 4, 64, 64), plan.empty(2, 77, 768), plan.empty(1, 3, 512, 512)
+    work = dict(
+        draw=lambda: model(x, torch.ones(2), text),  # with guidance
+        decode=lambda: base.decode(x[:1]),
+        encode=lambda: base.moments(pixels),
+    )
+    bf16 = mixed_precision == "bf16"
+    with torch.no_grad(), own_precision(base), plan._norms_in_float32(bf16):
+        beside = max(plan.cost(one).gib for one in work.values())
+    judges = 1.4  # CLIP 0.56, ViTPose 0.34, RT-DETR 0.16, Inception 0.09, LPIPS, faces, their input
+    assert plan.weights_of(*networks) + beside + judges < most
+
+
+def test_photographs_that_have_moved(world, tmp_path):
+    from masked_ldm.data.manifest import build_manifest
+    from masked_ldm.evaluate import held_out, moved
+    from masked_ldm.sample import Run
+    from masked_ldm.settings import ConfigError
+
+    for split in ("train", "val"):
+        build_manifest(world, split, tmp_path / "made" / split, 0.05, "annotation")
+    config = dict(data_root="/gone", size=64, cache_dir=str(tmp_path / "cache"), faces="annotation")
+    run = Run(
+        "run", tmp_path, config, dict(val="/gone/metadata.jsonl", train="/gone/metadata.jsonl")
+    )
+    for place in (tmp_path / "made", world):  # manifests, or a data set
+        here = moved(run, str(place))
+        assert len(held_out(here.config, here.data, 4, 3).prompts) == 4
+    for nowhere in ("/gone", str(tmp_path)):
+        with pytest.raises(ConfigError, match="data_root"):
+            moved(run, nowhere)
+
+
+def test_the_hub_is_asked_once(monkeypatch):
+    "transformers would ask again and again for every file of every network."
+    from masked_ldm.evaluation import people_metrics as m
+
+    asked, loaded = [], []
+
+    class Network:
+        @classmethod
+        def from_pretrained(cls, name, **how):
+            loaded.append(how["local_files_only"])
+
+    def nobody():
+        asked.append(1)
+        raise OSError("no network")
+
+    monkeypatch.setattr(m, "get_session", nobody)
+    monkeypatch.setattr(m.constants, "HF_HUB_OFFLINE", False)
+    m._hub_answers.cache_clear()
+    for name in ("some/network", "another/network"):
+        m._load(Network, name)
+    m._hub_answers.cache_clear()
+    assert asked == [1] and loaded == [True, True]
+
+
+def run_notebook(name, **parameters):
+    "Run a notebook's cells as papermill does, with parameters that it may not have: its names."
+    names = dict(__name__="__main__")
+    for cell in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= parameters
+    return names
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("06_evaluate", "runs"),
+        ("experiments/ablations", "seed"),
+        ("experiments/report", "result"),
+        ("experiments/metrics_validation", "N"),
+        ("experiments/base_quality", "n_val"),
+    ],
+)
+def test_a_misspelt_parameter_is_refused(tmp_path, monkeypatch, name, wrong):
+    from masked_ldm.settings import ConfigError
+
+    monkeypatch.chdir(tmp_path)  # from any folder
+    with pytest.raises(ConfigError, match=f"unknown parameter '{wrong}'"):
+        run_notebook(name, **{wrong: "a,b"})
