@@ -14,18 +14,20 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../nbs/09_files.ipynb #a9b4ac2c
 @contextmanager
 def write_whole(
     path: str | Path,  # where the file shall be; its folder is made
 ) -> Iterator[Path]:  # where to write it
-    "Put a file in place when the block ends well, and leave nothing when it does not. Raises OSError that names `path`."
+    "Put a file in place when the block ends well, else leave nothing. Raises OSError with its name."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
@@ -62,7 +64,7 @@ def remove_leftovers(
 
 # %% ../nbs/09_files.ipynb #989d7ca3
 def read_json(path: str | Path, kind: type = dict) -> Any:
-    "Read a JSON file that holds a `kind`. Raises ValueError that names the file, FileNotFoundError where there is none."
+    "Read a JSON file that holds a `kind`. Raises ValueError or FileNotFoundError with its name."
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
@@ -99,8 +101,10 @@ def weights_sha256(network: "torch.nn.Module") -> str:
 # %% ../nbs/09_files.ipynb #7a479391
 def keyed_generator(
     *key: Any,  # what the numbers are for; anything that prints the same everywhere
-) -> torch.Generator:  # on the CPU
+) -> "torch.Generator":  # on the CPU
     "A generator whose numbers are a function of the key."
+    import torch  # here, since what only writes files has no use for it
+
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 

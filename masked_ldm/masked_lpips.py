@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['unit', 'difference_map', 'shrink_mask', 'masked_mean', 'mean_per_image', 'load_lpips', 'check_images_match',
-           'check_mask', 'MaskedLPIPS', 'region_mask']
+           'check_mask', 'as_a_constant', 'MaskedLPIPS', 'region_mask']
 
 # %% ../nbs/03_masked_lpips.ipynb #c5d77a5f
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import lpips
@@ -87,13 +89,14 @@ def load_lpips(
     try:
         with warnings.catch_warnings():  # it uses old names of torchvision
             warnings.simplefilter("ignore", UserWarning)
-            return lpips.LPIPS(net=net, verbose=False)
+            network = lpips.LPIPS(net=net, verbose=False)
     except OSError as e:
         raise FileNotFoundError(
             f"LPIPS needs torchvision's ImageNet weights for {net}, which are neither in "
             f"{torch.hub.get_dir()}/checkpoints nor could be downloaded ({e}); "
             f"missing: {weights[net]}"
         ) from None
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class _LpipsFeatures(nn.Module):
@@ -151,24 +154,34 @@ def check_mask(
 
 def _image_numbers(index: Tensor | None, masks: int, images: int, per_person: bool) -> Tensor:
     "(K,) the image of each mask. Raises ValueError where they do not fit."
-    if per_person and index is None:
-        raise ValueError("per_person=True needs `index`, the image number of each of the K masks")
-    if index is not None and not per_person:
+    if per_person != (index is not None):
         raise ValueError(
-            "`index` is for per_person=True; "
-            "without it pass the union of an image's people, (B,1,H,W)"
+            "`index`, the image number of each of K masks, is needed with per_person=True, "
+            "and only then"
         )
     index = torch.arange(images) if index is None else torch.as_tensor(index).long()
     if len(index) != masks:
         raise ValueError(f"{masks} masks do not fit {len(index)} image numbers")
     if len(index) and not (index.min() >= 0 and index.max() < images):
-        raise ValueError(
-            f"index must be image numbers 0 to {images - 1}, "
-            f"not {index.min().item()} to {index.max().item()}"
-        )
+        raise ValueError(f"index must be image numbers 0 to {images - 1}, not {index.tolist()}")
     return index
 
 # %% ../nbs/03_masked_lpips.ipynb #9691e593
+@contextmanager
+def as_a_constant(network: nn.Module) -> Iterator[None]:
+    "Hold a network in eval mode, its weights without gradient, and leave it as it was."
+    modes = [(module, module.training) for module in network.modules()]
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    network.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
 class MaskedLPIPS(nn.Module):
     "Perceptual distance of two pictures, averaged over the people in them: Eq. (2)."
 
@@ -182,11 +195,10 @@ class MaskedLPIPS(nn.Module):
         is_lpips = isinstance(network, lpips.LPIPS)
         self.net: nn.Module = _LpipsFeatures(network) if is_lpips else network
         self.per_person = per_person
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "MaskedLPIPS":
-        "Stay in eval mode, whatever is asked."
-        return super().train(False)
+        "Do nothing: the network's mode is its owner's, and a call's is always eval."
+        return self
 
     def features(self, x: Tensor) -> list[Tensor]:
         "What the network returns, in its own precision."
@@ -202,18 +214,20 @@ class MaskedLPIPS(nn.Module):
     ) -> list[Tensor]:  # one (B,1,h,w) a layer; their means add up to LPIPS
         "How different two pictures are, position by position."
         check_images_match(pred, target)
-        self.net.eval()  # whoever owns the network may have called train()
         few = max(1, 512**2 // (pred.shape[-2] * pred.shape[-1]))  # pictures at a time
-        layers = []
-        for pred_few, target_few in zip(pred.split(few), target.split(few), strict=True):
-            with torch.no_grad():
-                target_units = [unit(features) for features in self.features(target_few)]
-            heads = getattr(self.net, "heads", None)
-            if heads is None:  # average the layers
-                heads = [torch.full((u.shape[1],), 1 / len(target_units)) for u in target_units]
-            seen = zip(self.features(pred_few), target_units, heads, strict=True)
-            layers.append([difference_map(*of_layer) for of_layer in seen])
+        with as_a_constant(self.net):
+            pairs = zip(pred.split(few), target.split(few), strict=True)
+            layers = [self._maps_of_few(*pair) for pair in pairs]
         return [torch.cat(maps) for maps in zip(*layers, strict=True)]
+
+    def _maps_of_few(self, pred: Tensor, target: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            target_units = [unit(features) for features in self.features(target)]
+        heads = getattr(self.net, "heads", None)
+        if heads is None:  # average the layers
+            heads = [torch.full((u.shape[1],), 1 / len(target_units)) for u in target_units]
+        seen = zip(self.features(pred), target_units, heads, strict=True)
+        return [difference_map(*of_layer) for of_layer in seen]
 
     def forward(
         self,
@@ -233,9 +247,7 @@ class MaskedLPIPS(nn.Module):
         for difference in self.maps(pred, target):
             cells = shrink_mask(mask, (difference.shape[-2], difference.shape[-1]))
             distance = distance + masked_mean(difference[index], cells)  # Eq. (2)
-        if not self.per_person:
-            return distance
-        visible = mask.sum((1, 2, 3)) > 0
+        visible = mask.flatten(1).any(1)
         return mean_per_image(distance[visible], index[visible], len(pred))
 
 # %% ../nbs/03_masked_lpips.ipynb #f4a684f8

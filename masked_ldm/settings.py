@@ -139,18 +139,17 @@ def make_settings(
     cls: type[Settings],  # a dataclass of `setting` fields
     given: typing.Mapping[str, Any],  # values by name; None: the default
 ) -> Settings:
-    "Make settings of what is given. Raises ConfigError for an unknown name, a wrong type or a value out of range."
+    "Make settings. Raises ConfigError for an unknown name, a wrong type, a value out of range."
     kinds = typing.get_type_hints(cls)
     for name in given:
         if name not in kinds:
             raise ConfigError(f"unknown parameter {name!r}; {did_you_mean(name, kinds)}")
     values = {k: convert(k, v, kinds[k]) for k, v in given.items() if v is not None}
     config = cls(**values)
+    check_settings(config)
     check = getattr(config, "check", None)  # of a class whose fields depend on each other
     if check:
         check()
-    else:
-        check_settings(config)
     return config
 
 # %% ../nbs/08_settings.ipynb #pa5a0002
@@ -276,7 +275,7 @@ def run_command(
     name: str,  # of the command, for its sentence
     work: Callable[[], Any],
 ) -> None:
-    "Run a command's work; end the process with one sentence, and 1, for a user's mistake, and with 128 + signal for a stop."
+    "Run a command's work; a user's mistake is one sentence and exit 1, a stop is 128 + signal."
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal has every letter

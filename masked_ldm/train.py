@@ -30,8 +30,9 @@ from accelerate.utils import gather_object
 
 from .data.dataset import Batch
 from .evaluation.one_step_metrics import format_metrics
+from .gradient_check import check_gradients
 from .models import ControlledUNet
-from .objective import Terms, check_gradients
+from .objective import Terms
 from .provenance import provenance
 from .training import hub
 from masked_ldm.training.checkpoint import (
@@ -137,7 +138,7 @@ class Trainer:
         "Check on pictures with faces, at t = T/2, that each term reaches the branch. Raises DeadTerm."
         c = self.config
         face = self.objective.face
-        pictures = min(4, self.pictures_at_once, c.decode_batch or 4)
+        pictures = min(4, self.pictures_at_once)
         batch = preflight_batch(face, self.data.train, pictures).to(self.device)
         has_faces = face is not None and len(face.usable(batch.boxes, (c.size, c.size))) > 0
         is_perceptual = c.T > 0 and c.variant == "paper"
@@ -149,11 +150,9 @@ class Trainer:
         noise, posterior_noise, _ = sample_noise(c.seed, -1, range(len(batch)), self.latent_shape)
         draw = StepDraw(noise, posterior_noise, torch.full((len(batch),), c.T // 2))
         model = ControlledUNet(self.base.unet, self.trained.branch)
-        self.objective.decode_batch = 0  # decoded a few at a time, a term's own gradient is gone
         terms = self.losses(batch, draw, model, c.lambda_warmup_steps)
         names = [name for name, is_expected in expected.items() if is_expected]
         self.norms = check_gradients(terms, self.trained.weights, tuple(names))
-        self.objective.decode_batch = c.decode_batch
         if is_perceptual and c.lambda2 and not has_faces:
             self.accelerator.print(
                 "no usable face in the 64 pictures looked at: the face loss could not be checked"

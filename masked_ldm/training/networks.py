@@ -49,7 +49,7 @@ def load_network(
 ) -> Critic | FaceNet:
     "Load one of the built-in world's networks."
     kind = FaceNet if "face" in name else Critic
-    return kind.from_pretrained(Path(BASES["tiny"]) / name).float()
+    return kind.from_pretrained(Path(BASES["tiny"]) / name).float().requires_grad_(False)
 
 
 def _network(name: str) -> Any:
