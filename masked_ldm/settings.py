@@ -51,6 +51,11 @@ _WANTED = dict(
 )
 
 
+def _can_be_written(value: Any) -> bool:
+    "Is it a text that a file, and the name of one, can hold?"
+    return isinstance(value, str) and not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+
+
 def convert(
     name: str,  # of the setting
     value: Any,  # of the type, or a text that says it
@@ -63,11 +68,11 @@ def convert(
     kind = next((k for k in optional if k is not type(None)), kind) if optional else kind
     wrong = ConfigError(f"{name} must be {_WANTED[kind.__name__]}, not {value!r}")
     if kind is list:
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
+        if isinstance(value, (list, tuple)) and value and all(map(_can_be_written, value)):
             return list(value)
         raise wrong
     if kind is str:
-        if isinstance(value, (str, Path)) and str(value):
+        if isinstance(value, (str, Path)) and str(value) and _can_be_written(str(value)):
             return str(value)
         raise wrong
     if kind is bool:
@@ -77,7 +82,7 @@ def convert(
             return value.lower() == "true"
         raise wrong
     try:
-        number = float(value) if not isinstance(value, bool) else math.nan
+        number = math.nan if isinstance(value, (bool, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if not math.isfinite(number) or (kind is int and not number.is_integer()):
@@ -286,7 +291,7 @@ def run_command(
         raise SystemExit(getattr(e, "code", 130)) from None
     except Exception as e:
         if is_user_error(e):
-            raise SystemExit(f"{name}: {e}") from None
+            raise SystemExit(f"{name}: {' '.join(str(e).splitlines())}") from None
         raise
 
 

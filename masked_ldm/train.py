@@ -37,9 +37,9 @@ from .provenance import provenance
 from .training import hub
 from masked_ldm.training.checkpoint import (
     check_same_run,
-    find_checkpoint,
     load_checkpoint,
     read_state,
+    save_branch,
     save_checkpoint,
     set_aside_later,
 )
@@ -56,8 +56,13 @@ from .training.logging import PartLosses, RunLog, check_tracker
 from .training.memory_plan import OutOfMemory, advice, announced, is_out_of_memory
 from .training.networks import load_networks
 from .training.optimizer import TrainedBranch, compiled
-from .training.processes import join_processes, make_accelerator, pictures_at_once
-from .training.run_folder import RunFolder, choose_run_folder
+from masked_ldm.training.processes import (
+    join_processes,
+    make_accelerator,
+    on_main,
+    pictures_at_once,
+)
+from .training.run_folder import RunFolder, choose_run_folder, find_start
 from .training.step import StepDraw, make_objective, sample_draw, training_losses
 from masked_ldm.training.stopping import (
     Stopped,
@@ -84,8 +89,11 @@ class Trainer:
         self.grids: list[Path] = []
         self._saved: Any = None  # step and best of the newest checkpoint
 
-        if join_processes().is_main_process:
-            self.folder.lock()
+        self.start = on_main(self._start)
+        self.run_id = self.folder.tracker_id(resumed=self.start is not None)
+        self.data_before = self.folder.read("data") if self.start else {}
+        if self.start:
+            check_same_run(read_state(self.start), config)
         check_tracker(config.report_to)
         self.accelerator = make_accelerator(config, self.folder.path)
         self.device = self.accelerator.device
@@ -114,6 +122,11 @@ class Trainer:
         if self.networks.face:
             say = self.accelerator.print
             calibrate_face_loss(self.networks.face, self.data.train, self.device, say)
+
+    def _start(self) -> Path | None:
+        "Own the folder, and find the checkpoint to go on from."
+        self.folder.lock()
+        return find_start(self.folder, self.config)
 
     def losses(
         self,
@@ -228,36 +241,45 @@ class Trainer:
         return path
 
     def resume(self) -> None:
-        "Load the checkpoint that `resume` asks for. Raises ConfigError if settings or data differ."
-        say, trained, c = self.accelerator.print, self.trained, self.config
-        path = find_checkpoint(self.folder.checkpoints, c.resume or "latest")
+        "Go on from the checkpoint, if there is one. Raises ConfigError if the pictures differ."
+        say, trained, path = self.accelerator.print, self.trained, self.start
         if path is None:
             say(f"no checkpoint in {self.folder.checkpoints}: starting from the beginning")
-            return
-        for difference in check_same_run(read_state(path), c, self.data.train.info["content"]):
-            say(f"going on with {difference}")
-        state = load_checkpoint(path, trained.branch, trained.optimizer.optimizer, trained.ema)
-        self.step_done = state["step"]
-        self.skipped = state.get("skipped", 0)
+        else:
+            content = self.data.train.info["content"]
+            for difference in check_same_run(read_state(path), self.config, content):
+                say(f"going on with {difference}")
+            state = load_checkpoint(path, trained.branch, trained.optimizer.optimizer, trained.ema)
+            self.step_done = state["step"]
+            self.skipped = state.get("skipped", 0)
         self.log.history = self.folder.read_rows(self.step_done)
         self.best = self.log.best()
         if self.is_main:  # what came after the checkpoint will come again
             self.folder.write_rows(self.log.history)
+        if path is not None:
+            self._say_where(path)
+
+    def _say_where(self, path: Path) -> None:
+        "Say where the run goes on, and set aside what came later."
+        say = self.accelerator.print
+        if self.is_main:
             for name in set_aside_later(self.folder.checkpoints, path, self.step_done):
                 say(f"{name} is set aside as abandoned-{name}")
-        reached = f": max_steps {c.max_steps} is already reached, nothing is trained"
-        say(f"going on from {path.name}{reached if self.step_done >= c.max_steps else ''}")
+        most = self.config.max_steps
+        reached = f": max_steps {most} is already reached, nothing is trained"
+        say(f"going on from {path.name}{reached if self.step_done >= most else ''}")
 
     def write_run_info(self) -> None:
         "Write down what this run is, and tell the tracker."
-        run_id = self.folder.tracker_id(resumed=bool(self.config.resume))
         if self.is_main:
-            processes = dict(processes=self.accelerator.num_processes)
+            self.folder.checkpoints.mkdir(exist_ok=True)  # gone later: somebody removed it
             self.folder.write("config", asdict(self.config))
-            self.folder.write("data", processes | self.data.describe())
+            not_read = {k: v for k, v in self.data_before.items() if k.startswith("val")}
+            processes = dict(processes=self.accelerator.num_processes)
+            self.folder.write("data", not_read | processes | self.data.describe())
             if self.config.report_to in ("wandb", "trackio"):
-                self.folder.write("tracker", dict(id=run_id))
-        self.log.start_tracker(run_id)
+                self.folder.write("tracker", dict(id=self.run_id))
+        self.log.start_tracker(self.run_id)
 
     def loop(self) -> None:
         "Step until `max_steps`; log, draw, judge and save on the way. Raises Stopped after SIGTERM or SIGINT, once the state is saved."
@@ -269,14 +291,17 @@ class Trainer:
             for step, parts in zip(steps, loaded):
                 with self._memory_explained(step):
                     self.log.add(self.step(parts))
-                if self.step_done % c.log_steps == 0:
-                    lr = self.trained.optimizer.param_groups[0]["lr"]
-                    row = self.log.close_row(self.step_done, lr, self.grad_norm, self.skipped)
-                    self._write_row(row)
+                if self.log.is_due(self.step_done):
+                    self._close_row()
                 with self.log.clock_stopped():
                     self._look(asked)
                 if self.step_done < c.max_steps and anybody_asked(asked, self.accelerator):
                     self._stop(asked)
+
+    def _close_row(self) -> None:
+        "Write down the steps since the last row; every process has to call this."
+        lr = self.trained.optimizer.param_groups[0]["lr"]
+        self._write_row(self.log.close_row(self.step_done, lr, self.grad_norm, self.skipped))
 
     def _write_row(self, row: dict[str, Any] | None) -> None:
         "Write a line of metrics.jsonl; where that fails, save the state first, if that can be done."
@@ -344,6 +369,7 @@ class Trainer:
 
     def _stop(self, asked: list[int]) -> None:
         "Save, and raise Stopped in all processes."
+        self._close_row()
         if self.is_main:
             self.checkpoint()
         self.accelerator.wait_for_everyone()
@@ -360,8 +386,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         metrics = None
         if self.is_main:
-            with self.trained.averaged() as branch:
-                branch.save_pretrained(self.folder.controlnet)  # before anything can go wrong
+            with self.trained.averaged() as branch:  # before anything can go wrong
+                save_branch(branch, self.folder.controlnet)
             metrics = self.evaluator.judge()
             self._write_verdict(metrics)
             if self.config.push_to_hub:
@@ -374,21 +400,22 @@ class Trainer:
         return metrics
 
     def _write_verdict(self, metrics: dict[str, Any] | None) -> None:
-        face = self.objective.face
-        made = provenance()
+        face, decay = self.objective.face, self.trained.decay()
+        made = provenance(self.device)
         record = dict(
             gradient_norms=self.norms,
             face_weights=face.weights.tolist() if face else None,
             steps=self.step_done,
             skipped=self.skipped,
             best=self.best,
+            ema_decay=decay,
             provenance=made,
         )
         self.folder.write("metrics", (metrics or {}) | record)
-        name = self.config.hub_model_id or str(self.folder.path)
         manifest = self.data.train.info["sha256"]
         table = format_metrics(metrics) if metrics else "not judged"
-        card = hub.model_card(self.config, name, self.step_done, manifest, table, made)
+        name = self.config.hub_model_id or self.folder.path.resolve().name
+        card = hub.model_card(self.config, name, self.step_done, manifest, table, made, decay)
         self.folder.write_card(card)
 
 # %% ../nbs/05_train.ipynb #911430e9
@@ -406,8 +433,7 @@ class RunResult:
 
 def train(config: TrainConfig) -> RunResult:
     "Train a branch. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
-    with join_processes().main_process_first():
-        path = choose_run_folder(config)
+    path = on_main(lambda: choose_run_folder(config))
     try:
         run = Trainer(config, path)
         norms = run.preflight()  # before the moments are loaded: it needs memory of its own

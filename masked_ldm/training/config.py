@@ -317,7 +317,7 @@ class TrainConfig:
     def make(cls, **given: Any) -> "TrainConfig":
         "Make checked settings: the preset's, then what is given and not None. Raises ConfigError."
         preset = given.get("preset") or "tiny"
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
         own = {name: value for name, value in given.items() if value is not None}
         return make_settings(cls, {**given, **PRESETS[preset], **own})

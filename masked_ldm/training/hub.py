@@ -6,23 +6,31 @@
 __all__ = ['training_command', 'model_card', 'push_to_hub']
 
 # %% ../../nbs/training/14_hub.ipynb #2bbbc0c5
+import shlex
 from dataclasses import asdict
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ..models import BASES
 from .config import TrainConfig, changed
 
 # %% ../../nbs/training/14_hub.ipynb #cd84e458
+_PATHS = ("base", "data_root")
+
+
 def training_command(config: TrainConfig) -> str:
     "Write the command line that makes a run again: the preset and what differs from it."
     words = ["masked-ldm-train", "--preset", config.preset]
     for name, value in changed(config).items():
-        if name not in ("resume", "out_dir"):
+        if name not in ("resume", "resume_changed", "out_dir", "cache_dir"):
             for one in value if isinstance(value, list) else [value]:
-                words += [f"--{name}", quote(str(one))]
-    return " ".join(words)
+                words.append(f"--{name}={_public(one) if name in _PATHS else one}")
+    return shlex.join(words)
+
+
+def _public(path: str) -> str:
+    "A path without the folders of somebody's machine."
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 _CARD = """---
@@ -57,13 +65,16 @@ def model_card(
     manifest: str,  # sha256 of the training manifest
     table: str,  # of metrics
     made: dict[str, Any],  # from `provenance`
+    decay: float | None = None,  # of the average at the last step
 ) -> str:  # Markdown with the Hub's header
     "Write the card of a trained branch."
     is_alias = config.base in BASES and config.base != "tiny"
-    averaged = f", weights averaged with decay {config.ema_decay:g}" if config.use_ema else ""
+    averaged = ""
+    if decay is not None:
+        averaged = f", weights averaged with a decay that rose to {decay:.4g}"
     return _CARD.format(
-        **asdict(config),
-        hub_base=BASES["sd15"] if is_alias else config.base,
+        **asdict(config) | dict(base=_public(config.base)),
+        hub_base=BASES["sd15"] if is_alias else _public(config.base),
         name=name,
         steps=steps,
         manifest=manifest[:12],

@@ -101,6 +101,7 @@ class RunLog:
         self.best_effort = BestEffort(accelerator.print)
         self.history: list[dict[str, Any]] = []  # rows of metrics.jsonl
         self._parts: list[PartLosses] = []  # since the last row, of this process
+        self._steps = 0  # since the last row
         self._clock = time.perf_counter()
 
     def start_tracker(self, run_id: str) -> None:
@@ -129,6 +130,13 @@ class RunLog:
     def add(self, parts: list[PartLosses]) -> None:
         "Remember what a step computed."
         self._parts += parts
+        self._steps += 1
+
+    def is_due(self, step: int) -> bool:
+        "Tell whether a row ends with a step: every `log_steps`, at each checkpoint and at the end."
+        c = self.config
+        every = (c.log_steps, c.checkpointing_steps, c.validation_steps or c.max_steps)
+        return step == c.max_steps or any(step % steps == 0 for steps in every)
 
     def close_row(
         self,
@@ -141,16 +149,17 @@ class RunLog:
         gathered = gather_object(self._parts)
         if not gathered:
             return None
-        self._parts = []
-        pictures = self.config.batch_size * self.config.log_steps
+        pictures = self.config.batch_size * self._steps
         row = dict(
             step=step,
+            steps=self._steps,
             lr=lr,
             grad_norm=round(grad_norm, 6) if math.isfinite(grad_norm) else None,
             skipped=skipped,
             images_per_second=round(pictures / (time.perf_counter() - self._clock), 3),
             **summarise(gathered),
         )
+        self._parts, self._steps = [], 0
         self.start_clock()
         curves = {name: row[name] for name in _CURVES if row.get(name) is not None}
         for band, means in row["bands"].items():

@@ -113,6 +113,10 @@ class TrainedBranch:
             self.ema.step(self.weights)
         return norm
 
+    def decay(self) -> float | None:  # None where the run does not average
+        "Tell the average's decay at the last step: it rises to `ema_decay`, (1 + n) / (10 + n) after n."
+        return self.ema.get_decay(self.ema.optimization_step) if self.ema else None
+
     @contextmanager
     def averaged(self) -> Iterator[Any]:  # `ControlNetModel`
         "Inside, the branch is in eval mode and has its averaged weights, if the run averages."
