@@ -119,7 +119,7 @@ def lock_folder(
     try:
         lock.acquire()
     except Timeout:
-        raise OSError(f"{what} {folder} is in use by another process") from None
+        raise BlockingIOError(f"{what} {folder} is in use by another process") from None
     return lock
 
 # %% ../nbs/09_files.ipynb #f1284493

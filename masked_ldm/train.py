@@ -279,6 +279,9 @@ class Trainer:
             self.folder.write("data", not_read | processes | self.data.describe())
             if self.config.report_to in ("wandb", "trackio"):
                 self.folder.write("tracker", dict(id=self.run_id))
+        if self.trained.ema:
+            at_end = self.trained.ema.get_decay(self.config.max_steps)
+            self.accelerator.print(f"the average's decay rises to {at_end:.4g} at the last step")
         self.log.start_tracker(self.run_id)
 
     def loop(self) -> None:

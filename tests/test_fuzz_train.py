@@ -242,6 +242,13 @@ OTHER = {  # a damaged file beside the checkpoints is named, or was not needed
     "data.json list": (written("data.json", b"[]"), "data.json holds a list"),
     "data.json torn": (written("data.json", b'{"train'), "data.json is damaged"),
     "data.json latin": (written("data.json", b'{"train": "\xe9"}'), "data.json is damaged"),
+    "config.json torn, nothing saved": (
+        lambda run: (
+            removed("checkpoints", "controlnet", "metrics.json")(run),
+            written("config.json", b'{"T')(run),
+        ),
+        "config.json is damaged",
+    ),
     "tracker.json torn": (written("tracker.json", b"{"), "tracker.json is damaged"),
     "tracker.json list": (written("tracker.json", b"[3]"), "tracker.json holds a list"),
 }
@@ -305,6 +312,8 @@ def test_what_does_not_matter_is_passed_over(how, damaged):
         (["--out_dir=a\0b"], "out_dir"),
         (["--out_dir=" + "a" * 300], "out_dir"),
         (["--out_dir=/proc/run"], "cannot be written"),
+        (["--cache_dir=run/config.json"], "cache_dir run/config.json cannot be written"),
+        (["--cache_dir=/proc/cache"], "cache_dir /proc/cache cannot be written"),
     ],
     ids=repr,
 )

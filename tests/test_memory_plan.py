@@ -33,11 +33,8 @@ def test_nothing_is_announced_on_a_cpu():
 @pytest.mark.parametrize(
     "given",
     [
-        dict(per_person=True, cache_latents=True),
-        dict(variant="as_published"),
-        dict(lambda1=0.0),
-        dict(T=0),
-        dict(max_decoded=1, stratified_t=True),
+        dict(per_person=True, cache_latents=True, max_decoded=1, stratified_t=True),
+        dict(variant="as_published", lambda1=0.0),
         dict(channels_last=True, mixed_precision="bf16", use_ema=True),
     ],
     ids=str,

@@ -120,7 +120,7 @@ def _manifest_rows(
             dropped["fewer faces than min_faces"] += 1
             continue
         kept = {k: v for k, v in row.items() if k not in ("face_boxes", "license_name", "url")}
-        kept["file_name"] = os.path.relpath(folder.resolve() / row["file_name"], out.resolve())
+        kept["file_name"] = os.path.relpath((folder / row["file_name"]).resolve(), out.resolve())
         kept["captions"] = row["captions"] or [""]
         kept["faces"] = result["faces"]
         kept["license_name"] = row["license_name"]

@@ -102,12 +102,16 @@ def save_branch(
     branch: Any,  # `ControlNetModel`
     folder: Path,
 ) -> None:
-    "Write a branch, whole or not at all."
+    "Write a branch, whole or not at all. Raises OSError that names it."
     temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    branch.save_pretrained(temporary)
-    _usual_modes(temporary)
-    _put_in_place(temporary, folder)
+    try:
+        branch.save_pretrained(temporary)
+        _usual_modes(temporary)
+        _put_in_place(temporary, folder)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{folder} could not be written ({e})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_files(

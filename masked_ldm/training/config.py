@@ -303,7 +303,12 @@ class TrainConfig:
     use_ema: bool = setting(
         False, "average the weights; samples, judgement and the saved branch use the average"
     )
-    ema_decay: float = setting(0.999, "of the average, per step", least=0, below=1)
+    ema_decay: float = setting(
+        0.999,
+        "most of the average's decay a step, which rises as (1 + n) / (10 + n) over n steps",
+        least=0,
+        below=1,
+    )
     report_to: str = setting(
         "tensorboard",
         "tracker, through accelerate",
@@ -344,7 +349,8 @@ def training_pictures(config: TrainConfig) -> int:
     if config.data_root is None:
         return config.world_pictures
     manifest = Path(config.data_root) / "train" / "manifest.json"
-    return read_json(manifest)["kept"] if manifest.is_file() else PAPER_PICTURES
+    kept = read_json(manifest).get("kept") if manifest.is_file() else None
+    return kept if isinstance(kept, int) else PAPER_PICTURES
 
 # %% ../../nbs/training/01_config.ipynb #21bebb95
 _GONE = dict(decode="full", adam_beta1=0.9, adam_beta2=0.999)  # and their defaults

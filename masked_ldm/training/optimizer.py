@@ -114,7 +114,7 @@ class TrainedBranch:
         return norm
 
     def decay(self) -> float | None:  # None where the run does not average
-        "Tell the average's decay at the last step: it rises to `ema_decay`, (1 + n) / (10 + n) after n."
+        "Tell the average's decay at the last step."
         return self.ema.get_decay(self.ema.optimization_step) if self.ema else None
 
     @contextmanager

@@ -54,7 +54,15 @@ def on_main(work: Callable[[], T]) -> T:
 
 # %% ../../nbs/training/03_processes.ipynb #a3f0c1d3
 _MACHINE = {
-    f"ACCELERATE_{name}" for name in ("USE_CPU", "TORCH_DEVICE", "CPU_AFFINITY", "DEBUG_MODE")
+    f"ACCELERATE_{name}"
+    for name in (
+        "USE_CPU",
+        "TORCH_DEVICE",
+        "CPU_AFFINITY",
+        "DEBUG_MODE",
+        "LOG_LEVEL",
+        "ENABLE_RICH",
+    )
 }
 _NO_CHANGE = {
     "",

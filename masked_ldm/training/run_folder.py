@@ -128,18 +128,23 @@ def _candidates(config: TrainConfig) -> Iterator[Path]:
         yield from (Path(names[i]) for i in free)
 
 
+def _make_writable(name: str, path: Path) -> None:
+    "Make a folder. Raises ConfigError that names the setting if that cannot be done."
+    probe = path / f".write-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"{name} {path} cannot be written: {e.strerror}") from None
+
+
 def choose_run_folder(config: TrainConfig) -> Path:
     "Choose the folder of a run, make and own it. Raises ConfigError if it cannot be written, OSError if it is in use."
+    if not os.path.isdir(config.cache_dir):  # one that is there may be full and read-only
+        _make_writable("cache_dir", Path(config.cache_dir))
     for path in _candidates(config):
-        probe = path / f".write-{os.getpid()}"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except (OSError, ValueError) as e:
-            raise ConfigError(
-                f"out_dir {path} cannot be written: {getattr(e, 'strerror', e)}"
-            ) from None
+        _make_writable("out_dir", path)
         try:
             RunFolder(path).lock()
             return path
