@@ -90,7 +90,7 @@ def quick(tmp_path, cache):
         max_steps=6,
         batch_size=4,
         sample_interval=100,
-        sample_steps=2,
+        sample_steps=1,
         checkpointing_steps=3,
         log_steps=1,
         report_to="none",
