@@ -26,6 +26,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from .data.images import ImageError, check_image
 from .files import keyed_generator, read_json, weights_sha256, write_json, write_whole
 from masked_ldm.models import (
     BASES,
@@ -380,16 +381,25 @@ def picture_set(
     files = {}
     for k, (name, pipeline) in enumerate(models.items()):
         files[name] = [folder / "pictures" / f"{k}_{i:05d}.png" for i in range(len(prompts))]
-        at_once = pictures_at_once(side_of(pipeline, sampler.get("size")))
+        side = side_of(pipeline, sampler.get("size"))
+        at_once = pictures_at_once(side)
         for start in progress(range(0, len(prompts), at_once), name):
             part = slice(start, start + at_once)
-            if all(file.is_file() for file in files[name][part]):
+            if all(_is_whole(file, side) for file in files[name][part]):
                 continue
             pictures = sample(pipeline, prompts[part], seed, first=start, **sampler)
             for file, picture in zip(files[name][part], pictures):
                 with write_whole(file) as temporary:
                     picture.save(temporary, "PNG")
     return files
+
+
+def _is_whole(file: Path, side: int) -> bool:
+    try:
+        check_image(file, (side, side))
+    except ImageError:
+        return False
+    return True
 
 
 def _check_same_set(folder: Path, about: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ def table1(
             rows.append([row, f"{fid:.2f}", "-", "-", "-", "-"])
     if "real" in whole:
         rows.append(["real pictures (floor)", "-", *here("real"), "-"])
-    head = ["", "paper, FID", f"here, {report['judge']}", "95% interval", "N", "model"]
+    judge = report["judge"] or "not judged"
+    head = ["", "paper, FID", f"here, {judge}", "95% interval", "N", "model"]
     return markdown_table(head, rows)
 
 # %% ../../nbs/evaluation/06_report.ipynb #b480c681
@@ -154,7 +155,7 @@ def format_report(
         "Intervals and p are over prompts. Each model is one training run:"
         " how another seed of training would come out is not in them.",
         "Judged by: " + "; ".join(f"{what}: {who}" for what, who in report["judges"].items()) + ".",
-        f"Resize before distances: {report['resize']}.",
+        *([f"Resize before distances: {report['resize']}."] if report["resize"] else []),
         *(f"Not available: {note}" for note in report["notes"]),
     ]
     tables = [_means(report)]

@@ -32,10 +32,10 @@ def _picture_means(values: ArrayLike) -> np.ndarray:
 
 
 def _interval(value: float, draws: np.ndarray, n: int) -> tuple[float, float]:
-    "Ends of a 95% interval by bootstrap, as wide as n pictures ask for; NaN where they are too few."
-    if n < FEWEST:
-        return math.nan, math.nan
+    "Ends of a 95% interval by bootstrap, as wide as n pictures ask for; NaN where it has no ground."
     low, high = np.quantile(draws, (0.025, 0.975))
+    if n < FEWEST or low == high:
+        return math.nan, math.nan
     wider = stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975) * math.sqrt(n / (n - 1))
     return value - wider * (value - low), value + wider * (high - value)
 
@@ -55,7 +55,8 @@ def bootstrap_ci(
     if not len(rows):
         return dict(mean=None, low=None, high=None, n=0)
     picks = np.random.default_rng(seed).integers(0, len(rows), (draws, len(rows)))
-    low, high = _interval(rows.mean(), rows[picks].mean(1), len(rows))
+    ends = _interval(rows.mean(), rows[picks].mean(1), len(rows))
+    low, high = np.clip(ends, rows.min(), rows.max())  # a share is never more than all
     return _none_for_nan(dict(mean=rows.mean(), low=low, high=high)) | dict(n=len(rows))
 
 # %% ../../nbs/evaluation/04_statistics.ipynb #c54a60a2
@@ -108,24 +109,25 @@ def paired_test(
     if not n:
         names = ("difference_low", "difference_high", "p", "change", "low", "high")
         return {**dict.fromkeys((*result, *names)), "n": 0}
-    p = permutation_p(after - before, draws, seed)
+    p = permutation_p(after - before, draws, seed) if n > 1 else math.nan
     picks = np.random.default_rng(seed).integers(0, n, (draws, n))
     base_means, model_means = before[picks].mean(1), after[picks].mean(1)
-    difference = (after - before).mean()
+    differences = after - before
     change = _relative_change(before.mean(), after.mean())
-    intervals = [
-        _interval(difference, model_means - base_means, n),
-        _interval(change, _relative_change(base_means, model_means), n),
-    ]
+    ends = _interval(differences.mean(), model_means - base_means, n)
+    low, high = np.clip(ends, differences.min(), differences.max())
+    changes = _relative_change(base_means, model_means)
+    change_low, change_high = _interval(change, changes, n)
     if p >= 0.05:
-        intervals = [(np.minimum(low, 0), np.maximum(high, 0)) for low, high in intervals]
+        low, change_low = np.minimum((low, change_low), 0)
+        high, change_high = np.maximum((high, change_high), 0)
     numbers = {k: v.mean() for k, v in result.items()} | dict(
-        difference_low=intervals[0][0],
-        difference_high=intervals[0][1],
+        difference_low=low,
+        difference_high=high,
         p=p,
         change=change,
-        low=intervals[1][0],
-        high=intervals[1][1],
+        low=change_low,
+        high=change_high,
     )
     return _none_for_nan(numbers) | dict(n=n)
 
