@@ -42,9 +42,9 @@ def write_whole(
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    "Write a text file whole, in UTF-8."
+    "Write a text file whole, in UTF-8; what no UTF-8 can hold, a name of other bytes, as its code."
     with write_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 

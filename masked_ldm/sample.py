@@ -459,7 +459,7 @@ def _run_names(runs: Sequence[Run]) -> list[str]:
     taken = {"base", "real"}
     places = [run.folder.resolve() if os.path.exists(run.path) else Path(run.path) for run in runs]
     names = []
-    for parts in range(1, 2 + max(len(place.parts) for place in places)):
+    for parts in range(1, 2 + max((len(place.parts) for place in places), default=0)):
         names = [re.sub(r"[\s|]+", "_", "/".join(p.parts[-parts:])) for p in places]
         if len(taken.union(names)) == len(taken) + len(names):
             return names

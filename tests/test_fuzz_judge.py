@@ -56,6 +56,7 @@ FLAGS = {
         "sample_steps": ("0", "5000"),
         "guidance_scale": ("nan", "1e30", "-1"),
         "size": ("7", "60", "1e9"),
+        "prompt": ("\udcff", "a \ud800 surrogate"),
         "out": ("grid.gif", "grid", "nowhere/grid.png", "", "masked_ldm/.png/"),
     },
     "study": {
@@ -78,7 +79,7 @@ CASES = [
 def test_a_flag_that_cannot_be(good, tmp_path, capsys, door, flag, value):
     out = [] if flag in ("out", "folder") or door != "eval" else ["--out", tmp_path / "out"]
     said = refused(door, [good, *out, f"--{flag}={value}"], capsys)
-    assert flag.split("_")[0] in said or value in said
+    assert flag.split("_")[0] in said
     assert not (tmp_path / "out").exists()
 
 
@@ -247,3 +248,24 @@ def test_votes_of_another_set(tmp_path, capsys):
     main([str(folder), "--results"])
     in_set(seed=1)(folder)
     assert "belongs to another set" in refused("study", [folder, "--results"], capsys)
+
+
+def test_a_run_in_a_folder_of_other_bytes(tmp_path):
+    "Names that are no UTF-8, or hold spaces and line breaks, reach tables and files."
+    import os
+
+    from masked_ldm.files import read_json, write_json
+    from masked_ldm.sample import open_runs
+
+    for name in (b"run \xff", b"line\nbreak", "\u4eba".encode()):
+        path = make_run(tmp_path / os.fsdecode(name))
+        (shown,) = open_runs([path])
+        assert shown == os.fsdecode(name).replace(" ", "_").replace("\n", "_")
+        note = write_json(tmp_path / "note.json", {shown: str(path)})
+        assert read_json(note) == {shown: str(path)}
+
+
+def test_a_study_of_the_base_alone(tmp_path, capsys):
+    for runs in (["base"], ["base", "base"]):
+        said = refused("study", [*runs, "--folder", tmp_path / "set"], capsys)
+        assert "a run folder beside the base" in said

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .statistics import widening
 from ..files import file_sha256, json_sha256, weights_sha256, write_whole
 
 # %% ../../nbs/evaluation/03_fid.ipynb #e91e5be3
@@ -247,27 +248,32 @@ def bootstrap_frechet(
     seed: int = 0,
     prompt_of: Sequence[ArrayLike] | None = None,  # (N,) each; None: a row a prompt
 ) -> np.ndarray:  # (draws, len(sets))
-    "Distances of bootstrap samples."
+    "Distances of bootstrap samples. Raises ValueError for fewer than 2 pictures."
     numbers = prompt_of or [np.arange(len(np.asarray(rows))) for rows in sets]
     prompts = [np.asarray(of, int) for of in numbers]
     n = 1 + max(int(of.max()) for of in prompts)
     models = [_ByPrompt(rows, reference, of, n) for rows, of in zip(sets, prompts, strict=True)]
+    few = min(len(np.asarray(rows)) for rows in sets)
+    if few < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 pictures in each set, not {few}")
     rng = np.random.default_rng(seed)
-    distances = []
-    for _ in range(draws):
+    distances: list[list[float]] = []
+    while len(distances) < draws:
         picks = rng.integers(0, n, n)
         rows = [np.concatenate([model.rows[i] for i in picks]) for model in models]
-        distances.append([model.distance(r) for model, r in zip(models, rows, strict=True)])
+        if min(map(len, rows)) > 1:  # crops of few prompts may all be missing from a draw
+            distances.append([model.distance(r) for model, r in zip(models, rows, strict=True)])
     return np.array(distances)
 
 
 def frechet_ci(
     value: float,  # a distance, or a difference of two
     draws: np.ndarray,  # a column of `bootstrap_frechet`, or a difference of two
-) -> tuple[float, float]:
+    n: int,  # prompts
+) -> tuple[float | None, float | None]:  # None where nothing varied
     "The 95% interval of a distance or difference; of a difference it may reach below 0."
-    width = 1.96 * float(np.std(draws))
-    return value - width, value + width
+    width = 1.96 * widening(n) * float(np.std(draws))
+    return (value - width, value + width) if width else (None, None)
 
 # %% ../../nbs/evaluation/03_fid.ipynb #5fac1d29
 def reference_features(

@@ -69,7 +69,7 @@ def _distance(
     features, prompt_of = crops
     distance = frechet_distance(features, statistics)
     samples = bootstrap_frechet([features], statistics, draws, prompt_of=[prompt_of])[:, 0]
-    low, high = frechet_ci(distance, samples)
+    low, high = frechet_ci(distance, samples, len(np.unique(prompt_of)))
     kid = bootstrap_ci(kid_pseudo_values(features, reference, prompt_of))
     row = dict(distance=distance, low=low, high=high, n=len(features))
     return row | dict(kid=kid["mean"], kid_low=kid["low"], kid_high=kid["high"])
@@ -81,7 +81,8 @@ def _distance_difference(
     sets, prompts = zip(earlier, later, strict=True)
     before, after = (frechet_distance(features, statistics) for features in sets)
     samples = bootstrap_frechet(sets, statistics, draws, prompt_of=prompts)
-    low, high = frechet_ci(after - before, samples[:, 1] - samples[:, 0])
+    fewest = min(len(np.unique(prompt_of)) for prompt_of in prompts)
+    low, high = frechet_ci(after - before, samples[:, 1] - samples[:, 0], fewest)
     n = 1 + max(int(prompt_of.max()) for prompt_of in prompts)
     kids = [kid_pseudo_values(rows, reference, of, n) for rows, of in (earlier, later)]
     test = paired_test(kids[0], kids[1])  # of the prompts that have crops from both models

@@ -197,10 +197,7 @@ class PhotoDetector:
         self.pose, self.device = pose, device
         self.names = dict(faces="MTCNN (facenet-pytorch)") | (pose.names if pose else {})
 
-    def __call__(self, pictures: Pictures) -> Detections:
-        if isinstance(pictures, Tensor):
-            pixels = as_uint8(pictures).permute(0, 2, 3, 1).numpy()
-            pictures = [Image.fromarray(picture) for picture in pixels]
+    def __call__(self, pictures: Sequence[Image.Image]) -> Detections:
         images = [image.convert("RGB") for image in pictures]
         faces = detect_faces(images, 20, device=self.device)
         found = Detections(

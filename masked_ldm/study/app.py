@@ -92,15 +92,23 @@ QUESTIONS = {
 class Page(NamedTuple):
     "What one voter is asked at one time."
 
-    pair: str
-    question: str  # a key of `QUESTIONS`
     prompt: int
     a: str  # a model
     b: str  # another
-    left: Path  # its picture
-    right: Path
+    question: str  # a key of `QUESTIONS`
     a_was: str  # left or right
     token: str  # the page's name in the browser
+
+    @property
+    def pair(self) -> str:
+        "Name the two pictures."
+        return f"{self.prompt}:{self.a}:{self.b}"
+
+    @property
+    def sides(self) -> dict[str, str]:  # {left, right: model}
+        "Say which model is where."
+        left, right = (self.a, self.b) if self.a_was == "left" else (self.b, self.a)
+        return {"left": left, "right": right}
 
     def vote(self, voter: str, choice: str) -> Vote:
         "Make a vote of what a voter chose: left, right or same."
@@ -148,20 +156,8 @@ class Study:
 
     def _page(self, voter: str, prompt: int, a: str, b: str, question: str) -> Page:
         pair = f"{prompt}:{a}:{b}"
-        left, right, a_was = a, b, "left"
-        if int(self.token("side", voter, pair), 16) % 2 == 0:
-            left, right, a_was = b, a, "right"
-        return Page(
-            pair,
-            question,
-            prompt,
-            a,
-            b,
-            self.pictures[left][prompt],
-            self.pictures[right][prompt],
-            a_was,
-            self.token("page", voter, pair, question),
-        )
+        a_was = "left" if int(self.token("side", voter, pair), 16) % 2 else "right"
+        return Page(prompt, a, b, question, a_was, self.token("page", voter, pair, question))
 
     def state(self, voter: str) -> dict[str, Any]:
         "Say what the browser is told: how far the voter is, and the next page."
@@ -192,10 +188,10 @@ class Study:
     def picture(self, voter: str, token: str) -> Path | None:
         "Find a picture by its name in the browser; None if this voter was not shown it."
         for page in self.pages(voter):
-            for side, file in (("left", page.left), ("right", page.right)):
+            for side, model in page.sides.items():
                 name = self.token("picture", page.token, side)
                 if hmac.compare_digest(name.encode(), token.encode()):
-                    return file
+                    return self.pictures[model][page.prompt]
         return None
 
 # %% ../../nbs/study/02_app.ipynb #a4b081b3
