@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -351,3 +352,21 @@ def test_others_may_read_what_was_saved(finished):
     os.umask(umask)
     modes = {p.stat().st_mode & 0o777 for p in finished.rglob("*.safetensors")}
     assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "manifest.json"])
+@pytest.mark.parametrize("body", [None, b"", b"{", b"[]", b"\xff"], ids=repr)
+def test_a_damaged_manifest_in_the_cache_is_built_again(name, body, world, tmp_path):
+    from masked_ldm.data.manifest import load_manifest
+    from masked_ldm.training.data import find_manifest
+
+    config = TrainConfig.make(cache_dir=tmp_path, data_root=world, faces="annotation")
+    path = find_manifest(config, world, "val")
+    good = path.read_bytes()
+    path.with_name(name).unlink()
+    if body is not None:
+        path.with_name(name).write_bytes(body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert find_manifest(config, world, "val").read_bytes() == good
+    load_manifest(path)

@@ -8,6 +8,7 @@ __all__ = ['RunData', 'find_manifest', 'load_data', 'caches_latents', 'use_laten
 
 # %% ../../nbs/training/04_data.ipynb #11c6728c
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..data.dataset import Batch, PersonDataset, batch_keys, collate
 from ..data.latent_cache import LatentCache, build_cache, cache_folder
-from ..data.manifest import MANIFEST_VERSION, build_manifest
+from ..data.manifest import MANIFEST_VERSION, build_manifest, load_manifest
 from ..face_loss import FaceLoss
 from ..files import json_sha256, keyed_generator
 from ..models import Base
@@ -68,7 +69,11 @@ def find_manifest(config: TrainConfig, root: Path, split: str) -> Path:
     key = json_sha256([MANIFEST_VERSION, str(root.resolve()), split, *settings, annotations])
     folder = Path(config.cache_dir) / f"{root.name}-{split}-{key[:10]}"
     if (folder / "manifest.json").is_file():
-        return folder / "metadata.jsonl"
+        try:
+            load_manifest(folder / "metadata.jsonl")
+            return folder / "metadata.jsonl"
+        except (ValueError, FileNotFoundError) as e:
+            warnings.warn(f"{e}: the run builds it again", stacklevel=2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return build_manifest(root, split, folder, config.min_area, config.faces, device)
 
