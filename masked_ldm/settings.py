@@ -262,6 +262,8 @@ def is_user_error(error: BaseException) -> bool:
     "Was this raised on purpose, with a sentence that says enough?"
     if isinstance(error, (ConfigError, FileNotFoundError)):
         return True
+    if isinstance(error, OSError) and error.filename is not None:
+        return True  # the system says what it could not do, and with which file
     if not isinstance(error, (ValueError, OSError, RuntimeError, ArithmeticError)):
         return False
     traceback = error.__traceback__

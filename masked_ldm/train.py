@@ -272,7 +272,6 @@ class Trainer:
     def write_run_info(self) -> None:
         "Write down what this run is, and tell the tracker."
         if self.is_main:
-            self.folder.checkpoints.mkdir(exist_ok=True)  # gone later: somebody removed it
             self.folder.write("config", asdict(self.config))
             not_read = {k: v for k, v in self.data_before.items() if k.startswith("val")}
             processes = dict(processes=self.accelerator.num_processes)

@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from safetensors.torch import save_file
 
 from masked_ldm import train as module
+from masked_ldm.files import file_sha256, read_json, write_json
 from masked_ldm.training.checkpoint import load_checkpoint, save_branch, save_checkpoint
 from masked_ldm.training.config import ConfigError, TrainConfig
 from masked_ldm.training.run_folder import RunFolder
@@ -162,7 +165,9 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
-def each_checkpoint(name, change):
+def each_checkpoint(name, change, sign=False):
+    "Change a file of every checkpoint, and its hash as well if asked for."
+
     def damage(run):
         for path in sorted((run / "checkpoints").glob("step_*")):
             file = path / name
@@ -170,6 +175,9 @@ def each_checkpoint(name, change):
             file.unlink()
             if new is not None:
                 file.write_bytes(new)
+            if sign:
+                hashes = read_json(path / "sha256.json")
+                write_json(path / "sha256.json", hashes | {name: file_sha256(file)})
 
     return damage
 
@@ -250,6 +258,22 @@ OTHER = {  # a damaged file beside the checkpoints is named, or was not needed
         ),
         "config.json is damaged",
     ),
+    "state.json of no run": (
+        lambda run: each_checkpoint("state.json", lambda body: b'{"step": "x"}', sign=True)(run),
+        "step is no int",
+    ),
+    "state.json newer": (
+        lambda run: each_checkpoint("state.json", lambda body: b'{"schema": 9}', sign=True)(run),
+        "newer masked_ldm",
+    ),
+    "checkpoints a file, nothing saved": (
+        lambda run: (
+            removed("checkpoints", "controlnet", "metrics.json", "metrics.jsonl")(run),
+            written("checkpoints", b"")(run),
+        ),
+        "checkpoints cannot be written",
+    ),
+    "lock a folder": (lambda run: (run / ".lock").mkdir(), ".lock"),
     "tracker.json torn": (written("tracker.json", b"{"), "tracker.json is damaged"),
     "tracker.json list": (written("tracker.json", b"[3]"), "tracker.json holds a list"),
 }
@@ -319,11 +343,11 @@ def test_what_does_not_matter_is_passed_over(how, damaged):
     ids=repr,
 )
 def test_other_doors_of_a_finished_run(argv, said, damaged, tmp_path, capsys):
-    run, own = damaged
-    shutil.copytree(run, tmp_path / "other")
-    before = content(run)
+    folder, own = damaged
+    shutil.copytree(folder, tmp_path / "other")
+    before = content(folder)
     assert said in refused([*own, *argv], capsys)
-    assert content(run) == before
+    assert content(folder) == before
 
 
 def test_killed_before_the_first_checkpoint(damaged):
@@ -370,3 +394,13 @@ def test_a_damaged_manifest_in_the_cache_is_built_again(name, body, world, tmp_p
         warnings.simplefilter("ignore")
         assert find_manifest(config, world, "val").read_bytes() == good
     load_manifest(path)
+
+
+@pytest.mark.parametrize("name, value", [("LOCAL_RANK", "x"), ("ACCELERATE_TORCH_DEVICE", "toast")])
+def test_an_environment_of_no_machine_is_a_sentence(name, value, tmp_path):
+    code, text = run(
+        *(sys.executable, "-m", "masked_ldm.train", "--out_dir", tmp_path / "run"),
+        **{name: value},
+    )
+    last = text.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("masked-ldm-train: the processes of this run"), text

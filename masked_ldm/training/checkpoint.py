@@ -224,11 +224,16 @@ def read_state(
     "Read what a checkpoint knows of its run. Raises ConfigError if it is of a newer version."
     state = read_json(path / "state.json")
     schema = state.get("schema", 1)
-    if schema > SCHEMA:
+    if isinstance(schema, int) and schema > SCHEMA:
         raise ConfigError(
             f"{path} was written by a newer masked_ldm (schema {schema}, this one knows {SCHEMA}): "
             "update masked_ldm"
         )
+    for name, kind in dict(step=int, groups=list, config=dict).items():
+        if not isinstance(state.get(name, {}), kind):
+            raise ValueError(
+                f"{path / 'state.json'} is no run's state: {name} is no {kind.__name__}"
+            )
     return state
 
 

@@ -7,7 +7,9 @@ __all__ = ['PAPER_PICTURES', 'PRESETS', 'check_size', 'TrainConfig', 'changed', 
            'ConfigError']
 
 # %% ../../nbs/training/01_config.ipynb #8b2169cb
+import os
 import re
+import shutil
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +103,9 @@ def _check_needs(config: "TrainConfig") -> None:
             "use_8bit_adam needs bitsandbytes, which is not installed: "
             "`pip install bitsandbytes`, or leave the switch off"
         )
+    compilers = ("c++", "g++", "clang++", "cl", os.environ.get("CXX", "c++"))
+    if config.torch_compile and not any(map(shutil.which, compilers)):
+        raise ConfigError("torch_compile needs a C++ compiler, such as g++, and none is installed")
     if config.data_root is None and config.base != "tiny":
         raise ConfigError(
             f"data_root is needed with base {config.base!r}: the folder of a COCO 2017 data set "

@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
+from ..settings import first_line
 from .config import ConfigError, TrainConfig
 
 # %% ../../nbs/training/03_processes.ipynb #e8f6d357
@@ -40,8 +41,11 @@ def _on_cpu() -> bool:
 
 
 def join_processes() -> PartialState:
-    "Join the processes of this run."
-    return PartialState(cpu=_on_cpu(), timeout=timedelta(hours=12))
+    "Join the processes of this run. Raises ConfigError for an environment that tells of others that are not there."
+    try:
+        return PartialState(cpu=_on_cpu(), timeout=timedelta(hours=12))
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"the processes of this run cannot be joined: {first_line(e)}") from None
 
 
 T = TypeVar("T")

@@ -173,14 +173,12 @@ def find_start(
 ) -> Path | None:  # a whole checkpoint; None: at the beginning
     "Find where a run starts. Raises ConfigError rather than begin where something was trained."
     signs = folder.signs()
-    if not config.resume:
-        if signs:
-            raise ConfigError(
-                f"out_dir {folder.path} already holds a run ({signs[0]}): name another folder, "
-                "or pass resume='latest' to go on with it"
-            )
-        return None
-    checkpoint = find_checkpoint(folder.checkpoints, config.resume)
+    if signs and not config.resume:
+        raise ConfigError(
+            f"out_dir {folder.path} already holds a run ({signs[0]}): name another folder, "
+            "or pass resume='latest' to go on with it"
+        )
+    checkpoint = find_checkpoint(folder.checkpoints, config.resume) if config.resume else None
     if checkpoint is None and not _saved_nothing(folder):
         raise ConfigError(
             f"resume {config.resume}: {folder.path} was trained in ({', '.join(signs)}) but holds "
@@ -192,4 +190,5 @@ def find_start(
             f"out_dir {folder.path} holds a run of its own ({signs[0]}), and resume {checkpoint} "
             "is another's: name another out_dir"
         )
+    _make_writable("out_dir's", folder.checkpoints)
     return checkpoint
