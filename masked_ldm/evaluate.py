@@ -134,7 +134,7 @@ class EvalSettings:
         return Path(self.out or f"runs/eval-{self.protocol}")
 
     @property
-    def prompts(self) -> int:
+    def n_prompts(self) -> int:
         "How many prompts are drawn."
         return self.n or PROTOCOLS[self.protocol]["n"]
 
@@ -301,15 +301,15 @@ class Judges:
     def __call__(
         self,
         pictures: list[Image.Image],  # of one size, in the order of the prompts
-        prompts: HeldOut,
+        held: HeldOut,  # their prompts
     ) -> Judged:
         "Measure pictures."
         values, crops, found = {}, {}, None
         if self.detector:
             found = self.detector(pictures)
             ratios = self.detector.limb_ratios
-            values = people_measures(found, pictures, prompts.wanted, prompts.scenes, ratios)
-        values |= self._clip_score(pictures, prompts.prompts)
+            values = people_measures(found, pictures, held.wanted, held.scenes, ratios)
+        values |= self._clip_score(pictures, held.prompts)
         if self.extractor:
             for region, (shown, prompt_of) in self.regions(pictures, found).items():
                 crops[region] = self.extractor(shown), prompt_of
@@ -335,10 +335,10 @@ class Judges:
 
 # %% ../nbs/06_evaluate.ipynb #1f6e71c7
 def _numbers(
-    judged: Mapping[str, Judged], judges: Judges, prompts: HeldOut, folder: Path
+    judged: Mapping[str, Judged], judges: Judges, held: HeldOut, folder: Path
 ) -> dict[str, Any]:
     "Every number of a report."
-    references, records = judges.references(prompts.reference, folder / "cache")
+    references, records = judges.references(held.reference, folder / "cache")
     crops = {name: model.crops for name, model in judged.items()}
     values = {name: model.values for name, model in judged.items()}
     distances, differences = compare_distances(crops, references)
@@ -350,7 +350,7 @@ def _numbers(
         judge=judges.extractor.title if judges.extractor else None,
         judges=judges.names,
         resize=resize,
-        reference_is=prompts.reference_is,
+        reference_is=held.reference_is,
         reference=records,
         models={
             name: {measure: bootstrap_ci(v) for measure, v in of_model.items()}
@@ -382,21 +382,20 @@ def failures(
 
 def _drawn(
     models: Mapping[str, MaskedLDMPipeline],
-    prompts: HeldOut,
+    held: HeldOut,
     settings: EvalSettings,
     sampler: Mapping[str, Any],
 ) -> dict[str, list[Image.Image]]:  # {model: pictures}, "real" first
-    "Draw what is not drawn yet, and read it. Raises ValueError for a picture that is damaged."
-    files = picture_set(models, prompts.prompts, settings.folder, settings.seed, **sampler)
-    pictures = dict(real=prompts.real)
-    for name, paths in files.items():
-        pictures[name] = [read_image(path) for path in paths]
-        if prompts.scenes is not None:  # the built-in world's judges see what its camera saw
-            side = prompts.real[0].size
+    "Draw what is not drawn yet, and read it."
+    files = picture_set(models, held.prompts, settings.folder, settings.seed, **sampler)
+    pictures = {name: [read_image(path) for path in paths] for name, paths in files.items()}
+    if held.scenes is not None:  # the built-in world's judges see pictures of one size
+        side = held.real[0].size
+        for name, of_model in pictures.items():
             pictures[name] = [
-                image.resize(side, Image.Resampling.BICUBIC) for image in pictures[name]
+                picture.resize(side, Image.Resampling.BICUBIC) for picture in of_model
             ]
-    return pictures
+    return {"real": held.real, **pictures}
 
 
 def evaluate_models(
@@ -409,39 +408,46 @@ def evaluate_models(
     first = next(iter(runs.values()), None)
     config, data = (first.config, first.data) if first else ({}, {})
     sampler = settings.sampler(config)
-    sized = {"size": sampler["size"]} if sampler["size"] else {}
-    prompts = held_out({**config, **sized}, data, settings.prompts, settings.reference)
-    judges = Judges(prompts.scenes is not None, settings.inception, device)
+    if sampler["size"]:
+        config = {**config, "size": sampler["size"]}
+    held = held_out(config, data, settings.n_prompts, settings.reference)
+    judges = Judges(held.scenes is not None, settings.inception, device)
 
-    pictures = _drawn(models, prompts, settings, sampler)
-    judged = {name: judges(images, prompts) for name, images in pictures.items()}
+    pictures = _drawn(models, held, settings, sampler)
+    judged = {name: judges(of_model, held) for name, of_model in pictures.items()}
     compare_grid(models, PROMPTS, settings.seed, **sampler).save(folder / "grid.png")
-    failures(pictures, judged, prompts.prompts).save(folder / "failures.png")
+    failures(pictures, judged, held.prompts).save(folder / "failures.png")
 
-    numbers = _numbers(judged, judges, prompts, folder)
-    n, seed = min(settings.prompts, 64), settings.seed + 1
-    one_step, notes = judge_runs(models, runs, n, LEVELS, seed)
-    configs = {name: run.config for name, run in runs.items()}
-    flags = {name: value for name, value in asdict(settings).items() if name != "out"}
-    paths = [run.path for run in runs.values()]
-    report = dict(
-        what="pictures of held-out prompts, judged",
-        command=command("masked-ldm-eval", *paths, **flags) if runs else None,
-        runs={name: run_settings(config) for name, config in configs.items()},
+    n_one_step, seed = min(settings.n_prompts, 64), settings.seed + 1
+    one_step, notes = judge_runs(models, runs, n_one_step, LEVELS, seed)
+    numbers = _numbers(judged, judges, held, folder)
+    report = _described(settings, runs) | dict(
         weights=read_json(folder / "set.json")["models"],
-        protocol=settings.protocol,
-        n=len(prompts.prompts),
-        seed=settings.seed,
+        n=len(held.prompts),
         settings={name.removesuffix("_scale"): value for name, value in sampler.items()},
         **numbers,
-        paper_rows={"base": paper_row(None)} | {k: paper_row(c) for k, c in configs.items()},
         one_step=one_step,
-        one_step_settings=dict(n=n, levels=list(LEVELS), seed=seed),
+        one_step_settings=dict(n=n_one_step, levels=list(LEVELS), seed=seed),
         notes=judges.notes + notes,
         provenance=provenance(device),
     )
     write_json(folder / "evaluation.json", report)
     return report
+
+
+def _described(settings: EvalSettings, runs: Mapping[str, Run]) -> dict[str, Any]:
+    "What is judged, and by which command."
+    flags = {name: value for name, value in asdict(settings).items() if name != "out"}
+    paths = [run.path for run in runs.values()]
+    rows = {name: paper_row(run.config) for name, run in runs.items()}
+    return dict(
+        what="pictures of held-out prompts, judged",
+        command=command("masked-ldm-eval", *paths, **flags) if runs else None,
+        runs={name: run_settings(run.config) for name, run in runs.items()},
+        protocol=settings.protocol,
+        seed=settings.seed,
+        paper_rows={"base": paper_row(None)} | rows,
+    )
 
 
 def evaluate(
