@@ -67,7 +67,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     "Read a JSON file that holds a `kind`. Raises ValueError or FileNotFoundError with its name."
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e}") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")

@@ -118,14 +118,17 @@ def check_settings(config: Any) -> None:  # an instance of a settings class
         value, rules = getattr(config, f.name), f.metadata
         if value is None or not rules:
             continue
-        bad = (
-            (rules["choices"] and value not in rules["choices"])
-            or (rules["least"] is not None and value < rules["least"])
-            or (rules["most"] is not None and value > rules["most"])
-            or (rules["above"] is not None and value <= rules["above"])
-            or (rules["below"] is not None and value >= rules["below"])
-        )
-        if bad:
+        try:
+            good = (
+                (not rules["choices"] or value in rules["choices"])
+                and (rules["least"] is None or value >= rules["least"])
+                and (rules["most"] is None or value <= rules["most"])
+                and (rules["above"] is None or value > rules["above"])
+                and (rules["below"] is None or value < rules["below"])
+            )
+        except TypeError:  # it is no number
+            good = False
+        if not good:  # as with NaN, which is in no range
             wanted = f"one of {range_of(rules)}" if rules["choices"] else range_of(rules)
             raise ConfigError(f"{f.name} must be {wanted}, not {value!r}")
 

@@ -1,5 +1,7 @@
 "Shared by the tests: where things are, and one small world."
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -31,6 +33,17 @@ def run(*args, **env):
         timeout=900,
     )
     return r.returncode, r.stdout
+
+
+def in_process(main, *args):
+    "A command in this process, which starting Python and torch anew would make slow: (exit code, everything it printed)."
+    out, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else print(e.code) or 1
+    return code, out.getvalue()
 
 
 def papermill(out, *parameters, notebook="nbs/05_train.ipynb"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DownloadSettings', 'run_download', 'OutSettings', 'run_build', 'InspectSettings', 'run_inspect', 'CheckSettings',
-           'run_check', 'CalibrateSettings', 'run_calibrate', 'FacesSettings', 'run_faces', 'CacheSettings',
+           'run_check', 'CalibrateSettings', 'run_calibrate', 'ShareSettings', 'run_faces', 'CacheSettings',
            'run_cache', 'make_parser', 'read_settings', 'main']
 
 # %% ../../nbs/data/12_command.ipynb #19466083
@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -37,6 +37,7 @@ from masked_ldm.data.inspection import (
     find_manifests,
     plot_manifest,
     shared_pictures,
+    summarise_manifest,
 )
 from .latent_cache import build_cache, cache_folder
 from masked_ldm.data.manifest import (
@@ -68,14 +69,17 @@ class DownloadSettings:
 
     url: str = setting(ANNOTATIONS_URL, "zip with the annotations")
     mirror: str | None = setting(None, "server (and folder) of the pictures, if not COCO's")
-    workers: int = setting(8, "pictures at a time", least=1)
+    workers: int = setting(8, "pictures at a time", least=1, most=256)
     give_up: int = setting(20, "failures in a row that end it", least=1)
     limit: int | None = setting(None, "at most so many pictures, the first by id", least=1)
-    retries: int = setting(4, "further attempts after one that failed", least=0)
+    retries: int = setting(4, "further attempts after one that failed", least=0, most=100)
     wait: float = setting(
-        1.0, "seconds before the second attempt, then about twice as long each time", least=0
+        1.0,
+        "seconds before the second attempt, then about twice as long each time",
+        least=0,
+        most=60,
     )
-    timeout: float = setting(30.0, "seconds without a byte", above=0)
+    timeout: float = setting(30.0, "seconds without a byte", least=0.01, most=3600)
 
 
 def run_download(line: Namespace, how: DownloadSettings, rule: FilterRule) -> None:
@@ -115,16 +119,7 @@ def run_build(
     for split in line.split:
         path = build_manifest(line.root, split, out / split, **given)
         _, info = load_manifest(path)
-        print(
-            f"{path}: {info['kept']:,} of {info['pictures']:,} pictures, "
-            f"{info['people']:,} people, {info['face_boxes']:,} faces"
-        )
-        for why, number in sorted(info["dropped"].items(), key=lambda pair: -pair[1]):
-            print(f"  {number:7,d}  {why}")
-        for bad in info["bad_annotations"][:10]:
-            print(f"  {bad['file']}, annotation {bad['annotation']}: {bad['wrong']}")
-        for bad in info["quarantined"][:10]:
-            print(f"  quarantined: {bad['file']} (image {bad['image_id']}) {bad['reason']}")
+        print(f"{path}\n{summarise_manifest(info)}")
     print(f"train on it with: masked-ldm-train --data_root {out}")
 
 # %% ../../nbs/data/12_command.ipynb #8d93bdbc
@@ -133,10 +128,10 @@ class InspectSettings:
     "What is drawn."
 
     out: str | None = setting(None, "folder for the drawings; beside the manifest if not given")
-    n: int = setting(24, "pictures on the contact sheet", least=1)
+    n: int = setting(24, "pictures on the contact sheet", least=1, most=400)
     seed: int = setting(0, "which ones: drawn at random", least=0)
-    side: int = setting(200, "of a picture, pixels", least=16)
-    columns: int = setting(6, "pictures in a row", least=1)
+    side: int = setting(200, "of a picture, pixels", least=16, most=1000)
+    columns: int = setting(6, "pictures in a row", least=1, most=40)
 
 
 def run_inspect(line: Namespace, how: InspectSettings) -> None:
@@ -168,6 +163,10 @@ def run_check(line: Namespace, how: CheckSettings) -> None:
     "Is the manifest whole, is every picture there, does it decode, has it its size, and is none in two splits? Exit code 1 if not."
     found = find_manifests(line.manifest)
     wrong = shared_pictures(found)
+    first, *others = found.values()
+    if not others and Path(line.manifest) not in (first, first.parent):
+        (split,) = found
+        wrong.append(f"{line.manifest} has a manifest of {split} only; a run needs train and val")
     for split, path in found.items():
         bad = check_manifest(path, how.full)
         wrong += bad
@@ -201,17 +200,25 @@ def run_calibrate(line: Namespace, how: CalibrateSettings) -> None:
 
 # %% ../../nbs/data/12_command.ipynb #2de1978b
 @dataclass
-class FacesSettings:
-    "Which share of the faces is found."
+class ShareSettings:
+    "Which share of a long pass is done, and where."
 
-    out: str | None = setting(None, "folder that build will be given; ROOT/people if not given")
-    device: str | None = setting(None, "where MTCNN runs; a GPU if there is one")
+    device: str | None = setting(None, "where the networks run; a GPU if there is one")
     shard: str | None = setting(None, "i/n: this share only; all if not given")
 
+    def __post_init__(self) -> None:
+        parse_shard(self.shard)
 
-def run_faces(line: Namespace, how: FacesSettings, rule: FilterRule, face_rule: FaceRule) -> None:
+
+def run_faces(
+    line: Namespace,
+    where: OutSettings,
+    how: ShareSettings,
+    rule: FilterRule,
+    face_rule: FaceRule,
+) -> None:
     "Find the faces of a share of the pictures and keep them; `build --faces mtcnn` with the same settings then takes what was found."
-    out = Path(how.out or Path(line.root) / "people")
+    out = Path(where.out or Path(line.root) / "people")
     rules = vars(rule) | vars(face_rule)
     for split in line.split:
         work = run_face_pass(line.root, split, out / split, how.shard, how.device, **rules)
@@ -223,19 +230,15 @@ _OF_THE_RUN = ("preset", "base", "size", "crop", "mixed_precision", "cache_dir")
 
 @dataclass
 class CacheSettings:
-    "Which share is encoded, and where."
+    "How pictures are read."
 
-    device: str | None = setting(None, "where it encodes; a GPU if there is one")
-    shard: str | None = setting(None, "i/n: this share only; all if not given")
-    workers: int = setting(0, "processes that read pictures", least=0)
+    workers: int = setting(0, "processes that read pictures", least=0, most=256)
 
 
-def run_cache(line: Namespace, how: CacheSettings) -> None:
+def run_cache(line: Namespace, how: ShareSettings, reading: CacheSettings) -> None:
     "Encode pictures and captions once, for runs with --cache_latents True and these settings; what is there and whole stays."
-    kinds = get_type_hints(TrainConfig)
-    given = {name: getattr(line, name) for name in _OF_THE_RUN if getattr(line, name) is not None}
-    given = {name: convert(name, value, kinds[name]) for name, value in given.items()}
-    config = TrainConfig.make(data_root=str(line.manifest), **given)
+    given = {name: getattr(line, name) for name in _OF_THE_RUN}
+    config = TrainConfig.make(data_root=line.manifest, **given)
     base = None
     for split, manifest in find_manifests(line.manifest).items():
         if split not in line.split:
@@ -244,7 +247,7 @@ def run_cache(line: Namespace, how: CacheSettings) -> None:
         dataset = PersonDataset(manifest, config.size, crop=config.crop)
         folder = cache_folder(config.cache_dir, dataset, config.base, config.mixed_precision)
         made = build_cache(
-            dataset, base, folder, config.mixed_precision, how.shard, workers=how.workers
+            dataset, base, folder, config.mixed_precision, how.shard, workers=reading.workers
         )
         print(f"{split}: {len(made)} shard(s) were made in {folder}")
 
@@ -270,11 +273,11 @@ _COMMANDS = {
     "build": _Command(
         run_build, _ROOT, _BOTH, (OutSettings, ManifestSettings, FilterRule, FaceRule)
     ),
-    "faces": _Command(run_faces, _ROOT, _BOTH, (FacesSettings, FilterRule, FaceRule)),
+    "faces": _Command(run_faces, _ROOT, _BOTH, (OutSettings, ShareSettings, FilterRule, FaceRule)),
     "inspect": _Command(run_inspect, _MANIFEST, _NO_SPLIT, (InspectSettings,)),
     "check": _Command(run_check, _MANIFEST, _NO_SPLIT, (CheckSettings,)),
     "calibrate": _Command(run_calibrate, _ROOT, _NO_SPLIT, (CalibrateSettings,)),
-    "cache": _Command(run_cache, _MANIFEST, ("train",), (CacheSettings,)),
+    "cache": _Command(run_cache, _MANIFEST, ("train",), (ShareSettings, CacheSettings)),
 }
 
 # %% ../../nbs/data/12_command.ipynb #bb352990
@@ -301,19 +304,17 @@ def make_parser() -> Parser:
             )
         for settings in command.settings:
             add_settings(own, settings, command.skip)
-    help_of = {f.name: f.metadata["help"] for f in fields(TrainConfig)}
-    for name in _OF_THE_RUN:
-        commands.choices["cache"].add_argument(
-            f"--{name}", help=f"{help_of[name]} (default: the run's)"
-        )
+    others = {f.name for f in fields(TrainConfig)} - set(_OF_THE_RUN)
+    add_settings(commands.choices["cache"], TrainConfig, others)
     return parser
 
 # %% ../../nbs/data/12_command.ipynb #d174ec09
 def read_settings(line: Namespace) -> list[Any]:
     "Make and check a command's settings. Raises ValueError."
     classes = _COMMANDS[line.command].settings
+    name, _ = _COMMANDS[line.command].argument
+    convert(name, getattr(line, name), str)
     made: list[Any] = [make_settings(cls, settings_given(cls, line)) for cls in classes]
-    parse_shard(getattr(line, "shard", None))
     if getattr(line, "device", None):
         check_device(line.device)
     return made

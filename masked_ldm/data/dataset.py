@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as rle
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from .coco import decode_mask
 from .crop import CROPS, people_offset
-from .images import read_image
+from .images import read_row
 from .manifest import load_manifest
+from ..settings import check_settings, setting
 
 if TYPE_CHECKING:  # the cache knows the data set
     from masked_ldm.data.latent_cache import LatentCache
@@ -42,9 +43,11 @@ def _crop_and_flip(things: dict[str, Any], size: int, crop: str, flip: bool) -> 
     else:
         top, left = people_offset(things["boxes"], things["masks"].sum(0).clamp(max=1))
         things = {k: v2.functional.crop(v, top, left, size, size) for k, v in things.items()}
+    joints = things.pop("joints").as_subclass(Tensor)
     if flip:
         things = v2.RandomHorizontalFlip(1.0)(things)
-    return {k: v.as_subclass(Tensor) for k, v in things.items()}
+        joints = joints * joints.new_tensor([-1, 1]) + joints.new_tensor([size, 0])
+    return {k: v.as_subclass(Tensor) for k, v in things.items()} | dict(joints=joints)
 
 
 def transform(
@@ -76,7 +79,7 @@ def transform(
     visible = _area(clipped) >= min_visible * _area(whole).clamp(min=1e-6)
 
     points, visibility = square["joints"], joints[..., 2].float()
-    there = (visibility > 0) & ((points >= 0) & (points < size)).all(-1)
+    there = (visibility > 0) & ((points >= 0) & (points <= size)).all(-1)
     joints = torch.cat([points, visibility[..., None]], -1) * there[..., None]
     if flip:
         joints = joints[:, _MIRRORED]
@@ -88,6 +91,17 @@ def transform(
     )
 
 # %% ../../nbs/data/07_dataset.ipynb #9038947b
+@dataclass
+class _SampleSettings:
+    "The ranges of what a `PersonDataset` is told."
+
+    size: int = setting(512, "side of the pictures, pixels", least=1, most=8192)
+    seed: int = setting(0, "of the augmentation", least=0)
+    flip: float = setting(0.5, "chance of a mirrored picture", least=0, most=1)
+    min_visible: float = setting(0.5, "share of a face box that must survive", least=0, most=1)
+    crop: str = setting("center", "which square is cut out", choices=CROPS)
+
+
 class PersonDataset(torch.utils.data.Dataset):
     "Pictures of a manifest with everything the loss needs."
 
@@ -101,8 +115,7 @@ class PersonDataset(torch.utils.data.Dataset):
         cache: "LatentCache | None" = None,  # samples then bring their `moments` and `text`
         crop: str = "center",  # or "people", which keeps faces
     ):
-        if crop not in CROPS:
-            raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
+        check_settings(_SampleSettings(size, seed, flip, min_visible, crop))
         self.rows, self.info = load_manifest(manifest)
         self.folder = Path(manifest).parent
         self.size = size
@@ -135,11 +148,12 @@ class PersonDataset(torch.utils.data.Dataset):
         epoch, i = key if isinstance(key, tuple) else (None, key)
         row = self.rows[i]
         flip, caption = self._augmentation(epoch, row)
-        image = read_image(self.folder / row["file_name"], (row["width"], row["height"]))
+        image = read_row(row, self.folder)
         people = [person for person in row["people"] if not person["iscrowd"]]
+        h, w = row["height"], row["width"]
         pixels, masks, boxes, joints = transform(
             image,
-            np.stack([rle.decode(person["segmentation"]) for person in people]),
+            np.stack([decode_mask(person["segmentation"], h, w) for person in people]),
             [face["box"] for face in row["faces"]],
             torch.tensor([person["keypoints"] for person in people]).view(-1, 17, 3),
             self.size,
@@ -255,7 +269,7 @@ def batch_keys(
     stop: int = 1,  # after the last step
 ) -> Iterator[list[tuple[int, int]]]:  # of (epoch, i), for `DataLoader(batch_sampler=...)`
     "List the pictures of every step; what does not fill a batch at an epoch's end is left out. Raises ValueError if not even one batch fits."
-    steps = n // batch_size  # in an epoch
+    steps = n // batch_size if batch_size > 0 else 0  # in an epoch
     if not steps:
         raise ValueError(f"the data set has {n} pictures, fewer than one batch of {batch_size}")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .faces import FaceRule, find_faces, same_size_batches
-from .images import ImageError, read_image
+from .images import ImageError, read_row
 from ..files import json_sha256, parse_shard, read_json, remove_leftovers, write_text
 from ..viz import progress
 
 # %% ../../nbs/data/04_face_pass.ipynb #88d990d4
-PASS_VERSION = 2  # of what a chunk holds, and how it is found
+PASS_VERSION = 3  # of what a chunk holds, and how it is found
 CHUNK = 64  # pictures
 
 
@@ -40,9 +40,11 @@ def _chunk_key(rows: Sequence[dict[str, Any]], folder: str | Path, rule: FaceRul
     "Hash what a chunk's content depends on."
     parts: list[Any] = [PASS_VERSION, asdict(rule)]
     for row in rows:
-        parts.append([row[name] for name in ("image_id", "file_name", "width", "height")])
+        names = ("image_id", "file_name", "width", "height", "upright")
+        parts.append([row.get(name) for name in names])
         parts.append(_file_state(Path(folder) / row["file_name"]))
-        parts.append([p["segmentation"] for p in row["people"] if not p["iscrowd"]])
+        own = [p for p in row["people"] if not p["iscrowd"]]
+        parts.append([[p["segmentation"], p["keypoints"]] for p in own])
     return json_sha256(parts)
 
 # %% ../../nbs/data/04_face_pass.ipynb #d6130ae9
@@ -56,7 +58,7 @@ def _detect_chunk(
         images = {}
         for k in batch:
             try:
-                images[k] = read_image(Path(folder) / rows[k]["file_name"], sizes[k])
+                images[k] = read_row(rows[k], folder)
             except ImageError as e:
                 results[k] = dict(wrong=e.reason)
         found = find_faces([rows[k] for k in images], list(images.values()), rule, device)
@@ -74,17 +76,17 @@ def _write_chunk(path: Path, key: str, results: list[dict[str, Any]]) -> None:
     write_text(path, json.dumps(chunk))
 
 
-def _read_chunk(path: Path, key: str) -> tuple[list[dict[str, Any]] | None, str]:
-    "Read a chunk's results; return (results, '') or (None, why they cannot be used)."
+def _read_chunk(path: Path, key: str, n: int) -> tuple[list[dict[str, Any]] | None, str]:
+    "Read a chunk of n pictures; return (results, '') or (None, why they cannot be used)."
     try:
         chunk = read_json(path)
         if chunk["key"] != key:
             return None, "of other pictures or settings"
-        if chunk["sha256"] != json_sha256(chunk["results"]):
+        if chunk["sha256"] != json_sha256(chunk["results"]) or len(chunk["results"]) != n:
             return None, "damaged"
     except FileNotFoundError:
         return None, "missing"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None, "damaged"
     return chunk["results"], ""
 
@@ -106,7 +108,7 @@ def face_pass(
     for k in progress(range(i, len(chunks), n), "faces"):
         path = _chunk_path(work, k)
         key = _chunk_key(chunks[k], folder, rule)
-        results, reason = _read_chunk(path, key)
+        results, reason = _read_chunk(path, key, len(chunks[k]))
         if results is not None:
             count["found"] += 1
             continue
@@ -130,7 +132,7 @@ def merge_faces(
     chunks = _chunks(rows)
     for k, chunk in enumerate(chunks):
         path = _chunk_path(work, k)
-        results, reason = _read_chunk(path, _chunk_key(chunk, folder, rule))
+        results, reason = _read_chunk(path, _chunk_key(chunk, folder, rule), len(chunk))
         merged += results or []
         if results is None:
             bad.append(f"{path.name} ({reason})")

@@ -37,7 +37,9 @@ from ..settings import check_settings, setting
 class FaceRule:
     "Which of the detected faces are kept. Raises ConfigError for a value out of range."
 
-    min_face: int = setting(20, "smallest side of a face, pixels of the picture", least=1)
+    min_face: int = setting(
+        20, "smallest side of a face, pixels of the picture", least=1, most=10_000
+    )
     min_score: float = setting(0.9, "least confidence of MTCNN in a face", least=0, most=1)
     max_overlap: float = setting(
         0.5,
@@ -46,7 +48,10 @@ class FaceRule:
         most=1,
     )
     on_person: float = setting(
-        0.5, "share of a face's box that must lie on people's masks", least=0, most=1
+        0.5,
+        "share of a face's box that must lie on people, where no nose or eye is marked in it",
+        least=0,
+        most=1,
     )
 
     def __post_init__(self) -> None:
@@ -190,6 +195,7 @@ def detect_faces(
     batch_size: int | None = None,  # pictures a pass; None: 16 on a GPU, 1 on a CPU
 ) -> list[tuple[Tensor, Tensor]]:  # boxes (n,4) x0,y0,x1,y1 in pixels and scores (n,), on the CPU
     "Find faces in photographs by MTCNN; largest first, clipped to the picture."
+    FaceRule(min_size, min_score, max_overlap)  # raises ConfigError for what cannot be
     device = check_device(device)
     mtcnn = _mtcnn(min_size, device)
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -239,12 +245,12 @@ _DISTANCES = {(1, 2): 0.5, (3, 4): 1.2, (0, 1): 0.32, (0, 2): 0.32, (0, 3): 0.95
 
 def keypoint_face(
     joints: Any,  # (17,3) COCO's x, y, visibility; flat too
-) -> list[float] | None:  # x0, y0, x1, y1; None without a marked nose and an eye
+) -> list[float] | None:  # x0, y0, x1, y1; None unless nose and an eye are in sight
     "Draw the box of the face that nose, eyes and ears span."
     head = np.asarray(joints, float).reshape(17, 3)[:5]
     points = head[:, :2]
-    marked = head[:, 2] > 0
-    if not (marked[0] and marked[1:3].any()):
+    marked, seen = head[:, 2] > 0, head[:, 2] == 2
+    if not (seen[0] and seen[1:3].any()):
         return None
     size = max(
         np.linalg.norm(points[i] - points[j]) / distance
@@ -283,19 +289,34 @@ def face_rows(
     ]
 
 
+def _are_faces(boxes: Tensor, row: dict[str, Any], on_person: float) -> list[bool]:
+    "Tell which boxes hold a person's face: by marked noses and eyes, where there are none by masks."
+    people = _people(row)
+    points = np.array([p["keypoints"][:9] for p in people], float).reshape(-1, 3, 3)
+    marked = points[..., 2] > 0
+    faces_known = [p for p, own in zip(people, marked) if own.any()]
+    kept = []
+    for box, share in zip(boxes.tolist(), share_on_people(boxes, people_mask(row))):
+        inside = ((points[..., :2] >= box[:2]) & (points[..., :2] <= box[2:])).all(-1)
+        elsewhere = [share_on_people([box], rle.decode(p["segmentation"]))[0] for p in faces_known]
+        on_mask = share >= on_person and max(elsewhere, default=0) < on_person
+        kept.append(bool((inside & marked).any() or on_mask or not on_person))
+    return kept
+
+# %% ../../nbs/data/03_faces.ipynb #d1f03001
 def find_faces(
     rows: Sequence[dict[str, Any]],  # manifest rows
     images: Sequence[Image.Image],  # their pictures
     rule: FaceRule = FaceRule(),  # which faces are kept
     device: str | None = None,  # None: a GPU if there is one
 ) -> list[list[dict[str, Any]]]:  # of each picture [{box, score, detector}]
-    "Find each picture's faces by MTCNN, and keep those that lie on people."
+    "Find each picture's faces by MTCNN, and keep those that are people's."
     found: list[list[dict[str, Any]]] = []
     seen = detect_faces(images, rule.min_face, rule.min_score, device, rule.max_overlap)
     for row, (boxes, scores) in zip(rows, seen):
         if not len(boxes):
             found.append([])
             continue
-        kept = [share >= rule.on_person for share in share_on_people(boxes, people_mask(row))]
+        kept = _are_faces(boxes, row, rule.on_person)
         found.append(face_rows(boxes[kept].tolist(), "mtcnn", scores[kept].tolist()))
     return found

@@ -44,6 +44,11 @@ class FilterRule:
         None, "ids or names of the licences that are allowed; all if not given"
     )
     need_caption: bool = setting(True, "drop pictures without a caption")
+    exif: str = setting(
+        "stored",
+        "which way up a picture is that fits its annotation as stored and as EXIF turns it",
+        choices=("stored", "upright"),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -80,31 +85,33 @@ def allowed_licenses(
     return {ids[str(given)] for given in rule.licenses}
 
 # %% ../../nbs/01_data.ipynb #078a3c02
-def _numbers(values: Any, n: int) -> bool:  # n finite numbers?
-    if not isinstance(values, (list, tuple)) or len(values) != n:
+def _numbers(values: Any, n: int, most: float) -> bool:  # n numbers of -most to most?
+    if not isinstance(values, list) or len(values) != n:
         return False
-    return all(type(v) in (int, float) and -1e300 < v < 1e300 for v in values)
+    return all(type(v) in (int, float) and -most < v < most for v in values)
 
 
 def _person(annotation: dict, h: int, w: int) -> tuple[dict, str]:
     "(a manifest's record of one person, what was wrong beside the mask). Raises ValueError for a mask without a pixel."
-    segmentation = to_rle(annotation["segmentation"], h, w)
+    segmentation, left_out = to_rle(annotation.get("segmentation"), h, w)
     keypoints, box, area = (annotation.get(key) for key in ("keypoints", "bbox", "area"))
-    wrong = []
-    if keypoints is not None and not _numbers(keypoints, 51):
-        found = len(keypoints) if isinstance(keypoints, list) else type(keypoints).__name__
-        wrong.append(f"keypoints that are not 51 numbers ({found}); none are used")
+    wrong = [f"{problem}; it is left out of the mask" for problem in left_out]
+    near = 2 * max(h, w)
+    if keypoints is not None and not (
+        _numbers(keypoints, 51, near) and {0, 1, 2}.issuperset(keypoints[2::3])
+    ):
+        wrong.append("keypoints that are not 17 of x, y and visibility 0 to 2; none are used")
         keypoints = None
-    if box is not None and not (_numbers(box, 4) and min(box[2:]) >= 0):
+    if box is not None and not (_numbers(box, 4, near) and min(box[2:]) >= 0):
         wrong.append("bbox that is not x, y, width, height; the mask's is used")
         box = None
-    if area is not None and not (_numbers([area], 1) and area >= 0):
-        wrong.append("area that is no number of 0 or more; the mask's is used")
+    if area is not None and not (type(area) in (int, float) and 0 <= area <= h * w):
+        wrong.append("area that is no number of 0 to the picture's own; the mask's is used")
         area = None
     record = dict(
         id=annotation["id"],
         segmentation=segmentation,
-        iscrowd=int(bool(annotation.get("iscrowd"))),
+        iscrowd=int(annotation.get("iscrowd") or 0),
         bbox=[float(v) for v in (rle.toBbox(segmentation) if box is None else box)],
         area=float(rle.area(segmentation) if area is None else area),
         keypoints=[float(v) for v in keypoints or [0] * 51],
@@ -171,6 +178,8 @@ def describe_image(
         people=people,
         area_fraction=covered_share(people, height * width, rule.area_rule),
     )
+    if rule.exif == "upright":
+        row["upright"] = True
     return row, _why_dropped(row, annotations, rule, allowed), wrong
 
 # %% ../../nbs/01_data.ipynb #47914dc4
@@ -181,7 +190,7 @@ def _face_boxes(annotations: list[dict], h: int, w: int) -> tuple[list, list[tup
         if not annotation.get("face_valid"):
             continue
         box = annotation["face_box"]
-        if not _numbers(box, 4) or min(box[2:]) <= 0:
+        if not _numbers(box, 4, 1e6) or min(box[2:]) <= 0:
             problem = "face_box that is not x, y, width, height; it is left out"
         elif box[0] >= w or box[1] >= h or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
             problem = "face_box outside the picture; it is left out"

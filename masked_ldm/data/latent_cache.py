@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from .dataset import PersonDataset
 from ..files import file_sha256, json_sha256, parse_shard, remove_leftovers, write_whole
 from ..models import Base
+from ..settings import first_line
 from ..viz import progress
 
 # %% ../../nbs/data/08_latent_cache.ipynb #5537037c
@@ -87,12 +88,12 @@ def _describe_picture(dataset: PersonDataset, i: int) -> list[Any]:
     path = dataset.folder / row["file_name"]
     try:
         of_file = file_sha256(path)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise OSError(
-            f"picture {path} cannot be read ({e.strerror}); "
+            f"picture {path} cannot be read ({getattr(e, 'strerror', None) or e}); "
             "fetch it again, or build the manifest anew"
         ) from None
-    added = [row["captions"]]
+    added = [row["captions"], *(["upright"] if row.get("upright") else [])]
     if dataset.crop != "center":
         added += [row["people"], row["faces"]]
     of_annotation = hashlib.sha256(json.dumps(added).encode()).hexdigest()
@@ -119,11 +120,10 @@ def _save_shard(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]
     try:
         with write_whole(path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, header)
-    except OSError as e:
-        raise OSError(f"cache shard {e}: make room, or name another cache_dir") from None
-    except SafetensorError as e:
+    except (OSError, SafetensorError) as e:
         raise OSError(
-            f"cache shard {path} cannot be written ({e}): make room, or name another cache_dir"
+            f"cache shard {path} cannot be written ({e.__cause__ or e}): "
+            "make room, or name another cache_dir"
         ) from None
 
 
@@ -131,11 +131,14 @@ def _read_about(path: Path) -> dict[str, Any]:
     "Read what a shard says of itself. Raises ValueError or FileNotFoundError that names it."
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["about"])
+            about = json.loads((file.metadata() or {})["about"])
+        if not isinstance(about["settings"], dict) or not isinstance(about["pictures"], list):
+            raise ValueError("it is none of a cache")
     except FileNotFoundError:
         raise FileNotFoundError(f"cache shard {path} is missing") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
-        raise ValueError(f"cache shard {path} cannot be read ({str(e).splitlines()[0]})") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"cache shard {path} cannot be read ({first_line(e)})") from None
+    return about
 
 # %% ../../nbs/data/08_latent_cache.ipynb #cf9c4223
 def _stale(path: Path, about: dict[str, Any]) -> str | None:

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from ..data.coco import read_annotations
 from ..data.dataset import Batch, PersonDataset, batch_keys, collate
+from ..data.images import check_image_files
 from ..data.latent_cache import LatentCache, build_cache, cache_folder
 from ..data.manifest import MANIFEST_VERSION, build_manifest, load_manifest
 from ..face_loss import FaceLoss
@@ -45,18 +47,36 @@ class RunData:
         return paths | {f"{split}_info": s.info for split, s in sets.items() if s}
 
 
+def _is_whole(root: Path, split: str) -> bool:
+    "Can a drawn world's annotations and pictures be read?"
+    try:
+        kinds = ("captions", "person_keypoints", "instances")
+        files = [root / "annotations" / f"{kind}_{split}2017.json" for kind in kinds]
+        *_, instances = map(read_annotations, files)
+        paths = [root / f"{split}2017" / image["file_name"] for image in instances["images"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return not any(check_image_files(paths))
+
+
 def _data_root(config: TrainConfig) -> Path:
     "Find the data set, or draw the built-in world."
     if config.data_root:
         return Path(config.data_root)
+    numbers = (config.world_pictures, config.val_pictures, config.size)
     kind = f"{config.size}-{config.world_pictures}-{config.val_pictures}"
-    return write_world(
-        Path(config.cache_dir) / f"world{WORLD_VERSION}-{kind}",
-        config.world_pictures,
-        config.val_pictures,
-        config.size,
-        workers=min(8, os.cpu_count() or 1),
-    )
+    root = Path(config.cache_dir) / f"world{WORLD_VERSION}-{kind}"
+    workers = min(8, os.cpu_count() or 1)
+    try:
+        write_world(root, *numbers, workers=workers)
+        whole = all(_is_whole(root, split) for split in ("train", "val"))
+    except ValueError:
+        whole = False
+    if not whole:
+        print(f"{root} is damaged: it is drawn again")
+        (root / "world.json").unlink()
+        write_world(root, *numbers, workers=workers)
+    return root
 
 
 def find_manifest(config: TrainConfig, root: Path, split: str) -> Path:
@@ -68,6 +88,7 @@ def find_manifest(config: TrainConfig, root: Path, split: str) -> Path:
     settings = [config.min_area, config.faces]
     key = json_sha256([MANIFEST_VERSION, str(root.resolve()), split, *settings, annotations])
     folder = Path(config.cache_dir) / f"{root.name}-{split}-{key[:10]}"
+    manifest = folder / "metadata.jsonl"
     if (folder / "manifest.json").is_file():
         try:
             load_manifest(folder / "metadata.jsonl")
