@@ -88,7 +88,6 @@ def find_manifest(config: TrainConfig, root: Path, split: str) -> Path:
     settings = [config.min_area, config.faces]
     key = json_sha256([MANIFEST_VERSION, str(root.resolve()), split, *settings, annotations])
     folder = Path(config.cache_dir) / f"{root.name}-{split}-{key[:10]}"
-    manifest = folder / "metadata.jsonl"
     if (folder / "manifest.json").is_file():
         try:
             load_manifest(folder / "metadata.jsonl")
