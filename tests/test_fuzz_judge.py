@@ -269,3 +269,40 @@ def test_a_study_of_the_base_alone(tmp_path, capsys):
     for runs in (["base"], ["base", "base"]):
         said = refused("study", [*runs, "--folder", tmp_path / "set"], capsys)
         assert "a run folder beside the base" in said
+
+
+def test_what_a_browser_may_send(tmp_path):
+    "Every request is answered below 500, and none of these is a vote."
+    pytest.importorskip("starlette", reason="the study extra is not installed")
+    from starlette.testclient import TestClient
+
+    from masked_ldm.study.app import Study, create_app
+
+    study = Study(picture_folder(tmp_path / "set"))
+    browser = TestClient(create_app(study), base_url="http://127.0.0.1")
+    page = browser.get("/api/next").json()["page"]
+    for path in ("/picture/%ff", "/picture/%00", "/picture/" + "a" * 5000, "/results?key=%ff%00"):
+        assert browser.get(path).status_code in (403, 404)
+    for cookie in (
+        "voter=",
+        "voter=.",
+        "voter=\xff.\xff",
+        "voter=" + "a" * 9000,
+        "\x01=;;=",
+        "voter",
+    ):
+        assert (
+            browser.get("/api/next", headers={"cookie": cookie.encode("latin-1")}).status_code < 500
+        )
+    votes = [b"", b"null", b"3", b'"x"', b"[]", b"{}", b"\xff\xfe", b"[" * 900, b'{"page": NaN}']
+    votes += [
+        json.dumps({"page": p, "choice": c}).encode()
+        for p in (page, None, 1, [], {}, "\ud800", page.upper())
+        for c in ("left ", "", None, 1, [], {}, "\ud800", True)
+    ]
+    for vote in votes:
+        sent = browser.post("/api/vote", content=vote, headers={"content-type": "application/json"})
+        assert 400 <= sent.status_code < 500, vote
+    assert browser.post("/api/vote", content=votes[0]).status_code == 400
+    assert browser.put("/api/vote").status_code == 405
+    assert not study.votes.all()
