@@ -38,6 +38,9 @@ FITS = dict(  # values that are what a field may be, or that say nothing
     file_name=["x"],
 )
 
+OPTIONAL = ["license", "coco_url", "iscrowd", "face_valid", "face_box", "bbox", "area"]
+OPTIONAL += ["keypoints", "caption", "segmentation"]  # nobody without a mask is kept
+
 
 def data(*args):
     "Run a command line; return what it printed and whether it succeeded, and see that a failure is one sentence."
@@ -86,6 +89,18 @@ def test_a_field_of_any_value(kind, where, field, coco):
         )
         assert not good or listed or fits, (value, text)
         assert good or "_val2017.json" in text or "is missing" in text, (value, text)
+
+
+@pytest.mark.parametrize("kind, where, field", PLACES, ids=["-".join(p) for p in PLACES])
+def test_a_field_that_is_missing(kind, where, field, coco):
+    root, texts = coco
+    content = json.loads(texts[kind])
+    content[where][0].pop(field, None)
+    good, text = build(root, texts | {kind: json.dumps(content)})
+    listed = "annotations with something wrong: 1\n" in text
+    assert good == (field in OPTIONAL), text
+    assert listed == (field == "segmentation"), text
+    assert good or f"{kind}_val2017.json" in text, text
 
 
 @pytest.mark.parametrize("kind", ["instances", "captions", "person_keypoints"])
