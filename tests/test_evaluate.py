@@ -322,15 +322,16 @@ def test_the_hub_is_asked_once(monkeypatch):
     assert asked == [1] and loaded == [True, True]
 
 
-def run_notebook(name, **parameters):
-    "Run a notebook's cells as papermill does, with parameters that it may not have: its names."
+def run_notebook(name, until="", **parameters):
+    "Run a notebook's cells as papermill does, up to one that holds a text; parameters it may not have."
     names = dict(__name__="__main__")
     for cell in nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4).cells:
         if cell.cell_type == "code":
             exec(cell.source, names)
         if "parameters" in cell.metadata.get("tags", []):
             names |= parameters
-    return names
+        elif until and until in cell.source:
+            return
 
 
 @pytest.mark.parametrize(
@@ -349,3 +350,5 @@ def test_a_misspelt_parameter_is_refused(tmp_path, monkeypatch, name, wrong):
     monkeypatch.chdir(tmp_path)  # from any folder
     with pytest.raises(ConfigError, match=f"unknown parameter '{wrong}'"):
         run_notebook(name, **{wrong: "a,b"})
+    if name != "06_evaluate":
+        run_notebook(name, "parameters_given(globals()")
