@@ -8,12 +8,18 @@ __all__ = ['FACE_LAYERS', 'MAKE_A_SCENE', 'crop_faces', 'load_face_net', 'check_
 # %% ../nbs/04_face_loss.ipynb #3b1a1943
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from .masked_lpips import as_a_constant, check_images_match, mean_per_image
+from masked_ldm.masked_lpips import (
+    as_a_constant,
+    check_images_match,
+    downloaded_weights,
+    mean_per_image,
+)
 
 # %% ../nbs/04_face_loss.ipynb #b7984777
 def crop_faces(
@@ -32,19 +38,18 @@ FACE_LAYERS = ("conv2d_2b", "conv2d_4b", "repeat_1", "repeat_2", "repeat_3")  # 
 def load_face_net(
     name: str = "vggface2",  # or "casia-webface"
 ) -> nn.Module:
-    "facenet-pytorch's `InceptionResnetV1`. Raises FileNotFoundError without its weights."
+    "facenet-pytorch's `InceptionResnetV1`. Raises an error that names its weights without them."
     from facenet_pytorch import InceptionResnetV1  # here, since its package loads a detector
 
-    if name not in ("vggface2", "casia-webface"):
+    files = {
+        "vggface2": "20180402-114759-vggface2.pt",
+        "casia-webface": "20180408-102900-casia-webface.pt",
+    }
+    if name not in files:
         raise ValueError(f"face net {name!r} is not one of vggface2, casia-webface")
-    try:
+    path = Path(torch.hub.get_dir()).parent / "checkpoints" / files[name]
+    with downloaded_weights(f"the face loss' {name}", path):
         network = InceptionResnetV1(pretrained=name).eval()
-    except OSError as e:
-        raise FileNotFoundError(
-            f"the face loss needs facenet-pytorch's {name} weights, which are neither in "
-            f"{torch.hub.get_dir()}/../checkpoints nor could be downloaded ({type(e).__name__}); "
-            "get them from the releases page of github.com/timesler/facenet-pytorch"
-        ) from None
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 # %% ../nbs/04_face_loss.ipynb #181c4a63

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .face_loss import FaceLoss, check_boxes
-from .masked_lpips import MaskedLPIPS, check_mask
+from .masked_lpips import MaskedLPIPS, check_mask, check_range
 
 # %% ../nbs/04b_objective.ipynb #17e4fcfa
 def term_weights(
@@ -230,6 +230,7 @@ class MaskAwareObjective(nn.Module):
         if people is None and len(mask) != len(target):
             raise ValueError(f"{len(mask)} masks do not fit {len(target)} pictures")
         masks, image_of = people or (mask, torch.arange(len(mask), device=mask.device))
+        check_range(target)
         check_mask(masks, target.shape[-2:])
         usable = boxes[:0]
         if self.face is not None:

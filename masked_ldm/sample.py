@@ -50,6 +50,7 @@ from masked_ldm.settings import (
     setting,
     settings_given,
 )
+from .training.checkpoint import save_branch
 from .training.config import TrainConfig, check_size
 from .training.memory_plan import OutOfMemory, is_out_of_memory
 from .viz import image_grid, progress
@@ -120,30 +121,16 @@ def _checked_config(file: Path) -> dict[str, Any]:
     return config | known
 
 # %% ../nbs/07_sample.ipynb #e88803c5
-def _refuse_nan(network: Any, where: str) -> None:
-    bad = [name for name, weight in network.named_parameters() if not weight.isfinite().all()]
-    if bad:
-        raise ValueError(
-            f"{where} holds NaN or infinite weights ({bad[0]} and {len(bad) - 1} more):"
-            " the run diverged, or the file is damaged"
-        )
-
-
 def _run_base(run: Run, device: str | torch.device, dtype: torch.dtype | None = None) -> Base:
     "Load a run's base, in its own precision unless another is asked for."
     base = load_base(run.config["base"], device, dtype or torch.float32)
     if dtype is None:
         set_precision(base, run.config.get("mixed_precision", "no"))
-    for network in (base.unet, base.vae, base.text_encoder):
-        _refuse_nan(network, f"base {base.path}")
     return base
 
 
 def _run_branch(run: Run, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    folder = run.folder / "controlnet"
-    branch = load_branch(folder, device, dtype).eval()
-    _refuse_nan(branch, str(folder))
-    return branch
+    return load_branch(run.folder / "controlnet", device, dtype).eval()
 
 
 class MaskedLDMPipeline(StableDiffusionPipeline):
@@ -216,7 +203,7 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
         "Write what `from_run` reads. Raises ValueError where there is no branch."
         if not isinstance(self.unet, ControlledUNet):
             raise ValueError("this pipeline is the base alone: there is no branch to save")
-        self.unet.branch.save_pretrained(Path(path) / "controlnet")
+        save_branch(self.unet.branch, Path(path) / "controlnet")
         config = {"base": self.name_or_path} | ({"size": self.size} if self.size else {})
         write_json(Path(path) / "config.json", config)
 

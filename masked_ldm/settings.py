@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'ConfigError', 'setting', 'convert', 'range_of', 'check_settings', 'did_you_mean', 'make_settings',
            'parameters_given', 'settings_table', 'Parser', 'add_settings', 'settings_given', 'is_user_error',
-           'first_line', 'run_command', 'is_main']
+           'first_line', 'one_sentence', 'run_command', 'is_main']
 
 # %% ../nbs/08_settings.ipynb #50755173
 import argparse
@@ -263,11 +263,9 @@ def _module(names: dict[str, Any]) -> str:
 
 def is_user_error(error: BaseException) -> bool:
     "Was this raised on purpose, with a sentence that says enough?"
-    if isinstance(error, (ConfigError, FileNotFoundError)):
+    if isinstance(error, (ConfigError, OSError)):  # a disk's or a network's errors name what failed
         return True
-    if isinstance(error, OSError) and error.filename is not None:
-        return True  # the system says what it could not do, and with which file
-    if not isinstance(error, (ValueError, OSError, RuntimeError, ArithmeticError)):
+    if not isinstance(error, (ValueError, RuntimeError, ArithmeticError)):
         return False
     traceback = error.__traceback__
     while traceback and traceback.tb_next:
@@ -279,6 +277,14 @@ def first_line(error: BaseException) -> str:
     "The first line of an error's message, or its kind where it says nothing."
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def one_sentence(error: BaseException) -> str:
+    "An error's message in one line, with the file that it is about."
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return text.replace("\n", "\\n")
 
 
 def run_command(
@@ -296,7 +302,7 @@ def run_command(
         raise SystemExit(getattr(e, "code", 130)) from None
     except Exception as e:
         if is_user_error(e):
-            raise SystemExit(f"{name}: {' '.join(str(e).splitlines())}") from None
+            raise SystemExit(f"{name}: {one_sentence(e)}") from None
         raise
 
 

@@ -304,3 +304,74 @@ def test_masked_lpips_is_differentiable_twice():
     (g,) = torch.autograd.grad(loss(a, b, torch.ones(1, 1, 32, 32)).sum(), a, create_graph=True)
     g.square().sum().backward()
     assert a.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["lpips", "face"])
+def test_a_network_that_is_handed_in_stays_its_owners(kind):
+    "Its mode, its gradients and its memory layout; and no copy is made."
+    from masked_ldm.face_loss import FaceLoss
+
+    class Net(torch.nn.Module):
+        face_layers = ("drop",)
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+            self.drop = torch.nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.norm(self.conv(x)))
+
+    net = Net().train()
+    net.norm.eval()  # its owner's choice
+    net.conv.bias.requires_grad_(False)
+    before = [(id(p), p.data_ptr(), p.stride(), p.requires_grad) for p in net.parameters()]
+    x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    x.requires_grad_()
+    if kind == "lpips":
+        loss, where = MaskedLPIPS(net), torch.ones(1, 1, 32, 32)
+    else:
+        loss, where = FaceLoss(net, size=16), torch.tensor([[0.0, 2, 2, 30, 30]])
+    loss.train().eval().train()
+    first, second = loss(x, y, where), loss(x, y, where)
+    assert torch.equal(first, second)  # no dropout, no batch statistics
+    first.sum().backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in net.parameters())
+    assert before == [(id(p), p.data_ptr(), p.stride(), p.requires_grad) for p in net.parameters()]
+    assert [net.training, net.norm.training, net.drop.training] == [True, False, True]
+
+
+@pytest.mark.parametrize("factor", [127.5, float("nan"), float("inf")])
+def test_a_target_in_another_range_is_refused(step, factor):
+    from masked_ldm.objective import MaskAwareObjective
+
+    losses, _, decoder, mask = step
+    objective = MaskAwareObjective(100, 0.0, 0.0, None, None, decoder)
+    z, target = torch.randn(2, 4, 4, 4), (torch.rand(2, 3, 32, 32) * 2) * factor
+    with pytest.raises(ValueError, match=r"target must be RGB in \[-1,1\]"):
+        objective(torch.ones(2), z, 5, target, mask, torch.zeros(0, 5))
+
+
+@pytest.mark.parametrize(
+    "load, file",
+    [
+        (lambda: MaskedLPIPS("alex"), "alexnet-owt-7be5be79.pth"),
+        (lambda: _face_loss("vggface2"), "20180402-114759-vggface2.pt"),
+    ],
+    ids=["lpips", "face"],
+)
+def test_downloaded_weights_that_are_damaged_are_named(load, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = {True: tmp_path / "hub" / "checkpoints", False: tmp_path / "checkpoints"}
+    path = place[file.endswith(".pth")] / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PK\3\4 a download that broke off")
+    with pytest.raises(ValueError, match=f"{file}, the weights of .* is damaged: delete it"):
+        load()
+
+
+def _face_loss(name):
+    from masked_ldm.face_loss import FaceLoss
+
+    return FaceLoss(name)

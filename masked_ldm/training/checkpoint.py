@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import file_sha256, read_json, write_json
+from ..files import file_sha256, read_json, set_usual_mode, write_json
 from .config import ConfigError, TrainConfig, resume_differences
 
 # %% ../../nbs/training/08_checkpoint.ipynb #5b92d889
@@ -80,14 +80,6 @@ def _steps(folder: Path) -> list[Path]:
     return sorted((p for p in named if p.is_dir()), key=lambda p: int(p.name[5:]))
 
 
-def _usual_modes(folder: Path) -> None:
-    "Let read who may read the user's files; safetensors writes for the owner alone."
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)
-
-
 def _put_in_place(temporary: Path, final: Path) -> None:
     "Rename a folder that is written; what had its name goes last."
     replaced = final.with_name(f".tmp-old-{final.name}")
@@ -106,7 +98,7 @@ def save_branch(
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:
         branch.save_pretrained(temporary)
-        _usual_modes(temporary)
+        set_usual_mode(*temporary.glob("*.safetensors"))
         _put_in_place(temporary, folder)
     except (OSError, SafetensorError) as e:
         raise OSError(f"{folder} could not be written ({e})") from None
@@ -131,7 +123,7 @@ def _write_files(
         save_file(average, folder / "ema.safetensors")
         state = dict(state, ema_steps=ema.optimization_step)
     write_json(folder / "state.json", dict(schema=SCHEMA, groups=groups, **state))
-    _usual_modes(folder)
+    set_usual_mode(*folder.glob("*.safetensors"))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     hashes = {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
     write_json(folder / "sha256.json", hashes)

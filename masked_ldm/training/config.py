@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
-from ..settings import ConfigError, check_settings, make_settings, setting
+from ..settings import ConfigError, make_settings, setting
 
 _all_ = ["ConfigError"]
 
@@ -330,11 +330,13 @@ class TrainConfig:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
         own = {name: value for name, value in given.items() if value is not None}
-        return make_settings(cls, {**given, **PRESETS[preset], **own})
+        config = make_settings(cls, {**given, **PRESETS[preset], **own})
+        if config.base not in PRESETS and Path(config.base).exists():
+            config.base = str(Path(config.base).absolute())  # what is written down holds anywhere
+        return config
 
     def check(self) -> None:
         "Raise ConfigError for values that cannot be, alone or together."
-        check_settings(self)
         _check_loss(self)
         _check_step(self)
         _check_needs(self)
