@@ -151,7 +151,7 @@ class Trainer:
         "Check on pictures with faces, at t = T/2, that each term reaches the branch. Raises DeadTerm."
         c = self.config
         face = self.objective.face
-        pictures = min(4, self.pictures_at_once)
+        pictures = min(2, self.pictures_at_once)  # each is checked by itself
         batch = preflight_batch(face, self.data.train, pictures).to(self.device)
         has_faces = face is not None and len(face.usable(batch.boxes, (c.size, c.size))) > 0
         is_perceptual = c.T > 0 and c.variant == "paper"
