@@ -129,8 +129,17 @@ def _run_base(run: Run, device: str | torch.device, dtype: torch.dtype | None = 
     return base
 
 
-def _run_branch(run: Run, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    return load_branch(run.folder / "controlnet", device, dtype).eval()
+def _run_branch(run: Run, base: Base, dtype: torch.dtype = torch.float32) -> Any:
+    "Load a run's branch, beside its base."
+    folder = run.folder / "controlnet"
+    branch = load_branch(folder, base.device, dtype).eval()
+    for name in ("in_channels", "block_out_channels", "cross_attention_dim"):
+        own, needed = branch.config[name], base.unet.config[name]
+        if str(own) != str(needed):
+            raise ValueError(
+                f"branch {folder} is not of base {base.path}: {name} is {own}, not {needed}"
+            )
+    return branch
 
 
 class MaskedLDMPipeline(StableDiffusionPipeline):
@@ -172,10 +181,9 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
     ) -> "MaskedLDMPipeline":
         "Load the pipeline of a finished run. Raises FileNotFoundError that names what is missing."
         run = open_run(path)
-        branch = _run_branch(run, device, dtype or torch.float32)
-        return cls.from_parts(
-            _run_base(run, device, dtype), branch, strength, run.config.get("size")
-        )
+        base = _run_base(run, device, dtype)
+        branch = _run_branch(run, base, dtype or torch.float32)
+        return cls.from_parts(base, branch, strength, run.config.get("size"))
 
     @classmethod
     def from_pretrained(
@@ -464,7 +472,7 @@ def load_models(
     base, size = _run_base(first, device), first.config.get("size")
     models = {"base": MaskedLDMPipeline.from_parts(base, size=size)}
     for name, run in runs.items():
-        branch = _run_branch(run, device)
+        branch = _run_branch(run, base)
         models[name] = MaskedLDMPipeline.from_parts(base, branch, strength, size)
     return models
 

@@ -133,6 +133,14 @@ def removed(name):
     return lambda run: (run / name).unlink()
 
 
+def another_branch(run):
+    from diffusers import ControlNetModel
+
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, layers_per_block=1, norm_num_groups=8)
+    other = ControlNetModel(block_out_channels=(16, 32), cross_attention_dim=64, **blocks)
+    other.save_pretrained(run / "controlnet")
+
+
 DAMAGED_RUNS = {  # what was done: (damage, what the sentence names)
     "no configuration": (removed("config.json"), "config.json"),
     "empty configuration": (bytes_of("config.json", b""), "config.json is damaged"),
@@ -166,6 +174,7 @@ DAMAGED_RUNS = {  # what was done: (damage, what the sentence names)
     "infinite weights": (in_weights(lambda w, k: w[k].fill_(torch.inf)), "NaN"),
     "weights of another shape": (in_weights(lambda w, k: w.update({k: w[k][:1]})), "controlnet"),
     "weights missing": (in_weights(lambda w, k: w.pop(k)), "controlnet"),
+    "another base's branch": (another_branch, "is not of base tiny"),
     "truncated data.json": (bytes_of("data.json", b'{"val": '), "data.json is damaged"),
     "data.json is a list": (bytes_of("data.json", b"[]"), "data.json holds a list"),
     "data.json has no paths": (
