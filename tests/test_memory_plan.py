@@ -11,18 +11,18 @@ from masked_ldm.training.memory_plan import advice, announced, is_out_of_memory,
 
 
 @pytest.mark.parametrize(
-    "gib, said",
+    "gib, batch, said",
     [
-        (12, "on a card with 12.0 GiB free"),
-        (0.3, "that will not fit, but this would: "),
-        (0.01, "this would: a smaller size"),
+        (12, 1, "on a card with 12.0 GiB free"),
+        (0.3, 8, "that will not fit, but this would: "),
+        (0.01, 1, "this would: a smaller size"),  # few remedies to plan
     ],
 )
-def test_a_run_on_a_gpu_announces_itself(gib, said, monkeypatch):
+def test_a_run_on_a_gpu_announces_itself(gib, batch, said, monkeypatch):
     cuda = memory_plan.torch.cuda
     monkeypatch.setattr(cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: (int(gib * 2**30), 0))
-    text = announced(TrainConfig.make(T=1000, mixed_precision="bf16"), "cuda:0")
+    text = announced(TrainConfig.make(T=1000, batch_size=batch, mixed_precision="bf16"), "cuda:0")
     assert text.startswith("planned: ") and said in text, text
 
 
