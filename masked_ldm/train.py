@@ -435,6 +435,7 @@ class RunResult:
 
 def train(config: TrainConfig) -> RunResult:
     "Train a branch. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
+    config.check()
     path = on_main(lambda: choose_run_folder(config))
     try:
         run = Trainer(config, path)

@@ -51,6 +51,14 @@ def test_a_wrong_setting_is_a_sentence(given, said):
     assert said in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_config_made_by_hand_is_checked_too():
+    "`train` is also called from Python, with a config that `make` never saw."
+    from masked_ldm.train import train
+
+    with pytest.raises(ConfigError, match="sample_interval must be 1"):
+        train(TrainConfig(sample_interval=0))
+
+
 def test_presets():
     for preset, values in PRESETS.items():
         config = TrainConfig.make(preset=preset, base="tiny")

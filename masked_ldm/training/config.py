@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
-from ..settings import ConfigError, make_settings, setting
+from ..settings import ConfigError, check_settings, make_settings, setting
 
 _all_ = ["ConfigError"]
 
@@ -337,6 +337,7 @@ class TrainConfig:
 
     def check(self) -> None:
         "Raise ConfigError for values that cannot be, alone or together."
+        check_settings(self)
         _check_loss(self)
         _check_step(self)
         _check_needs(self)
