@@ -139,13 +139,13 @@ def _layer_weights(
 class FaceLoss(nn.Module):
     "Feature distance of face crops: Eq. (1). Raises ValueError for layers it does not have."
 
-    weights: Tensor  # (L,) alphas
+    weights: Tensor  # (L,) of the layers
 
     def __init__(
         self,
         net: str | nn.Module = "vggface2",  # a name for `load_face_net`, or any module
         layers: tuple[str, ...] | None = None,  # to compare; None: the net's `face_layers`
-        weights: str | Sequence[float] | None = None,  # alphas; None: `net.face_weights`, or 1/L
+        weights: str | Sequence[float] | None = None,  # of the layers; None: the net's, or 1/L
         size: int | None = None,  # side of a crop, pixels; None: the net's `face_size`, or 160
         min_size: float = 8,  # faces narrower or lower than this many pixels are left out
         max_faces: int = 8,  # at most so many an image, the largest ones
@@ -230,7 +230,7 @@ class FaceLoss(nn.Module):
         images: Tensor,  # (B,3,H,W) RGB in [-1,1]
         boxes: Tensor,  # (M,5), faces of different people
     ) -> list[float]:  # the new weights
-        "Set the alphas: layers contribute equally, two faces are 1 apart. May raise ValueError."
+        "Set the weights: layers contribute equally, two faces are 1 apart. May raise ValueError."
         boxes = self.usable(check_boxes(boxes, len(images)), images.shape[-2:])
         if len(boxes) < 2:
             raise ValueError(f"calibration needs at least 2 usable faces, found {len(boxes)}")
