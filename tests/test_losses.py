@@ -343,7 +343,7 @@ def test_a_network_that_is_handed_in_stays_its_owners(kind):
     assert [net.training, net.norm.training, net.drop.training] == [True, False, True]
 
 
-@pytest.mark.parametrize("factor", [127.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [127.5, float("inf")])
 def test_a_target_in_another_range_is_refused(step, factor):
     from masked_ldm.objective import MaskAwareObjective
 
