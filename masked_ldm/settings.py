@@ -10,6 +10,7 @@ __all__ = ['Settings', 'ConfigError', 'setting', 'convert', 'range_of', 'check_s
 # %% ../nbs/08_settings.ipynb #50755173
 import argparse
 import difflib
+import dis
 import io
 import math
 import sys
@@ -270,7 +271,11 @@ def is_user_error(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
-    return traceback is not None and _module(traceback.tb_frame.f_globals).startswith("masked_ldm")
+    if traceback is None or not _module(traceback.tb_frame.f_globals).startswith("masked_ldm"):
+        return False
+    # a line of ours that the interpreter stopped, 1 / 0 or int("x"), has said nothing on purpose
+    stopped_at = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
+    return stopped_at == dis.opmap["RAISE_VARARGS"]
 
 
 def first_line(error: BaseException) -> str:

@@ -76,6 +76,23 @@ def test_an_error_of_the_program_keeps_its_traceback():
         run_command("command", lambda: 1 // 0)
 
 
+@pytest.mark.parametrize("line", ["1 / 0", "int('x')", "dict(zip([1], [], strict=True))"])
+def test_a_line_of_ours_that_the_interpreter_stopped_keeps_its_traceback_too(line):
+    with pytest.raises((ValueError, ZeroDivisionError)) as e:
+        eval(line, {"__name__": "masked_ldm.somewhere"})
+    assert not is_user_error(e.value)
+
+
+def test_a_sentence_that_is_raised_again_stays_a_sentence():
+    names = {"__name__": "masked_ldm.somewhere"}
+    exec("def f():\n try:\n  raise ValueError('so')\n except ValueError:\n  raise\n", names)
+    exec("def g():\n try:\n  f()\n finally:\n  print()\n", names)
+    for function in ("f", "g"):
+        with pytest.raises(ValueError) as e:
+            names[function]()
+        assert is_user_error(e.value)
+
+
 def test_the_ranges_of_a_class_with_its_own_check_are_checked_too():
     from dataclasses import dataclass
 
