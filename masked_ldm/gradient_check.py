@@ -39,14 +39,12 @@ def _why_silent(name: str, terms: Terms) -> str:
     "Why a term has weight 0 in a whole batch."
     if name == "ldm":
         return "lambda1 + lambda2 is 1, so nothing is left for it"
-    number = 1 if name == "lpips" else 2
-    if not terms.lambdas[number - 1]:
+    if not terms.lambdas[name]:
+        number = list(terms.lambdas).index(name) + 1
         return f"lambda{number} is 0, or its schedule is at 0"
     if not (terms.gate > 0).any():
         return "no sample of it has t < T"
-    if name == "lpips":
-        return "no sample with t < T has a person: the mask is empty, perhaps after the crop"
-    return "no sample with t < T has a usable face: no boxes, or all below the loss' min_size"
+    return f"no sample with t < T has {terms.needs[name]}"
 
 
 def _why_dead(name: str, terms: Terms, is_reached: bool) -> str:
@@ -56,7 +54,7 @@ def _why_dead(name: str, terms: Terms, is_reached: bool) -> str:
             "the graph is whole and carries zeros: the picture is clamped where every pixel "
             "is saturated, or multiplied by 0"
         )
-    if terms.parts()[name][0].requires_grad:
+    if terms.values[name].requires_grad:
         return (
             "the graph does not lead to these weights: the branch is frozen or left out of the "
             "model, or other weights were passed"
@@ -76,7 +74,7 @@ def _why_dead(name: str, terms: Terms, is_reached: bool) -> str:
 # %% ../nbs/04c_gradient_check.ipynb #be2649a5
 def _check_term(name: str, norms: dict[int, float | None], terms: Terms) -> None:
     "Raises DeadTerm for a term that is silent, or without a finite gradient in a sample."
-    term = f"the {_NAMES[name]}"
+    term = f"the {_NAMES.get(name, name + ' loss')}"
     if not norms:
         raise DeadTerm(
             f"{term} has weight 0 in every sample of the checked batch, so it cannot "
@@ -116,7 +114,7 @@ def check_gradients(
             "no weight is trained: every parameter of the branch has requires_grad=False"
         )
     norms = {}
-    for name, (values, weights) in terms.parts().items():
+    for name, (values, weights) in terms.by_name().items():
         weighted = values * weights
         norms[name] = _gradient_norm(weighted.mean(), trained) or 0.0
         if name in expect:

@@ -150,7 +150,7 @@ class Trainer:
     def preflight(self) -> dict[str, float]:  # {term: gradient norm at the branch}
         "Check on pictures with faces, at t = T/2, that each term reaches the branch. Raises DeadTerm."
         c = self.config
-        face = self.objective.face
+        face = self.objective.terms["face"].loss
         pictures = min(2, self.pictures_at_once)  # each is checked by itself
         batch = preflight_batch(face, self.data.train, pictures).to(self.device)
         has_faces = face is not None and len(face.usable(batch.boxes, (c.size, c.size))) > 0
@@ -194,7 +194,7 @@ class Trainer:
             with nullcontext() if is_last else not_yet:
                 terms = self.losses(batch.to(self.device), draw)
                 self.accelerator.backward(terms.total / len(parts))
-            values = {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.parts().items()}
+            values = {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.by_name().items()}
             computed.append(PartLosses(draw.t, values, terms.total.item()))
         self.step_done += 1
         warm_up_factor = min(1.0, self.step_done / max(1, c.lr_warmup_steps))
@@ -402,7 +402,7 @@ class Trainer:
         return metrics
 
     def _write_verdict(self, metrics: dict[str, Any] | None) -> None:
-        face, decay = self.objective.face, self.trained.decay()
+        face, decay = self.objective.terms["face"].loss, self.trained.decay()
         made = provenance(self.device)
         record = dict(
             gradient_norms=self.norms,

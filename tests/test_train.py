@@ -309,7 +309,7 @@ def test_each_person_once(tmp_path, quick):
         noise, posterior_noise, _ = sample_noise(0, 0, range(2), tr.latent_shape)
         draw = StepDraw(noise, posterior_noise, torch.full((2,), 200))
         with torch.no_grad():
-            got[each] = tr.losses(collate([pictures[i], pictures[k]]), draw).lpips
+            got[each] = tr.losses(collate([pictures[i], pictures[k]]), draw).values["lpips"]
     assert (
         counts[k] > 1
         and abs(got[True][0] - got[False][0]) < 1e-6
