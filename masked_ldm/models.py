@@ -21,10 +21,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from .files import read_json
 from .settings import first_line
@@ -219,15 +220,21 @@ def _fetch(repo: str) -> str:  # a local folder with what a base needs
 
 # %% ../nbs/00_models.ipynb #ee0b3c45
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    "Silence transformers' progress bars for a while: they end up in notebooks."
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _quiet() -> Iterator[None]:
+    "No progress bars, which end up in notebooks, and no advice on casts that are not ours."
+    libraries = (transformers_logging, diffusers_logging)
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    for library in libraries:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        diffusers_logging.set_verbosity(verbosity)
+        for library, was_shown in zip(libraries, shown, strict=True):
+            if was_shown:
+                library.enable_progress_bar()
 
 
 def _load(kind: Any, folder: Path, what: str, **given: Any) -> Any:
@@ -268,7 +275,7 @@ def _load_folder(path: str, dtype: torch.dtype) -> dict[str, Any]:
         )
     _check_channels(read_json(folder / "unet" / "config.json").get("in_channels", 4), path)
     parts: dict[str, Any] = {}
-    with _no_progress_bars():
+    with _quiet():
         for part, kind in _PARTS.items():
             if part in _WEIGHTS:
                 parts[part] = _load_network(kind, folder / part, f"{part} of base {path}", dtype)
@@ -297,7 +304,7 @@ def _load_file(path: str, dtype: torch.dtype) -> dict[str, Any]:
         )
     _check_channels(shape[1], path)
     try:
-        with _no_progress_bars():
+        with _quiet():
             pipeline = StableDiffusionPipeline.from_single_file(
                 path, torch_dtype=dtype, safety_checker=None
             )

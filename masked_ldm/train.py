@@ -35,6 +35,7 @@ from .models import ControlledUNet
 from .objective import Terms
 from .provenance import provenance
 from .training import hub
+from .training.balance import Balance
 from masked_ldm.training.checkpoint import (
     check_same_run,
     load_checkpoint,
@@ -115,6 +116,7 @@ class Trainer:
         self.trained = TrainedBranch(config, self.base, self.accelerator)
         self.model = compiled(config, ControlledUNet(self.base.unet, self.trained.wrapped))
         self.objective = make_objective(config, self.networks)
+        self.balance = Balance(config, self.trained.weights)
         self.log = RunLog(config, self.folder, self.accelerator)
         self.evaluator = Evaluator(
             config, self.networks, self.data.val, self.trained, self.accelerator.autocast
@@ -143,7 +145,7 @@ class Trainer:
             batch,
             draw.to(self.device),
             self.accelerator.autocast,
-            self.config.per_person,
+            self.config,
             self.step_done if step is None else step,
         )
 
@@ -186,6 +188,8 @@ class Trainer:
         c = self.config
         timesteps = step_timesteps(c, self.step_done, self.latent_shape)
         self.trained.optimizer.zero_grad()
+        self.objective.scale = self.balance.scale
+        is_measured = self.balance.is_due(timesteps)
         computed: list[PartLosses] = []
         for positions, batch in parts:
             draw = sample_draw(c.seed, self.step_done, positions, self.latent_shape, timesteps)
@@ -193,9 +197,13 @@ class Trainer:
             not_yet = self.accelerator.no_sync(self.trained.wrapped)
             with nullcontext() if is_last else not_yet:
                 terms = self.losses(batch.to(self.device), draw)
+                if is_measured:
+                    self.balance.add(terms, len(parts))
                 self.accelerator.backward(terms.total / len(parts))
             values = {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.by_name().items()}
             computed.append(PartLosses(draw.t, values, terms.total.item()))
+        if is_measured:
+            self.balance.update(self.accelerator)
         self.step_done += 1
         warm_up_factor = min(1.0, self.step_done / max(1, c.lr_warmup_steps))
         self.grad_norm = self.trained.update(c.learning_rate * warm_up_factor, c.max_grad_norm)
@@ -232,7 +240,12 @@ class Trainer:
                 self.step_done,
                 self.trained.branch,
                 self.trained.optimizer.optimizer,
-                dict(config=asdict(self.config), data=content, skipped=self.skipped),
+                dict(
+                    config=asdict(self.config),
+                    data=content,
+                    skipped=self.skipped,
+                    balance=self.balance.state(),
+                ),
                 self.config.checkpoints_total_limit,
                 self.best["step"] if self.best else None,
                 self.trained.ema,
@@ -252,6 +265,7 @@ class Trainer:
             state = load_checkpoint(path, trained.branch, trained.optimizer.optimizer, trained.ema)
             self.step_done = state["step"]
             self.skipped = state.get("skipped", 0)
+            self.balance.load_state(state.get("balance", {}))
         self.log.history = self.folder.read_rows(self.step_done)
         self.best = self.log.best()
         if self.is_main:  # what came after the checkpoint will come again
@@ -303,7 +317,10 @@ class Trainer:
     def _close_row(self) -> None:
         "Write down the steps since the last row; every process has to call this."
         lr = self.trained.optimizer.param_groups[0]["lr"]
-        self._write_row(self.log.close_row(self.step_done, lr, self.grad_norm, self.skipped))
+        row = self.log.close_row(
+            self.step_done, lr, self.grad_norm, self.skipped, self.balance.measured()
+        )
+        self._write_row(row)
 
     def _write_row(self, row: dict[str, Any] | None) -> None:
         "Write a line of metrics.jsonl; where that fails, save the state first, if that can be done."

@@ -92,6 +92,17 @@ SWITCHES = dict(
         proportion_empty_prompts=0.5,
         gradient_checkpointing=True,
     ),
+    terms=dict(
+        T=800,
+        balance=1.0,
+        x0_steps=2,
+        face_weight=4.0,
+        hand_weight=2.0,
+        background_weight=0.1,
+        ldm_face_weight=8.0,
+        snr_gamma=5.0,
+        batch_size=2,
+    ),
     bf16=dict(  # a processor without units for it takes ten times as long
         T=1000,
         mixed_precision="bf16",
@@ -204,6 +215,10 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
         "use_ema": True,
         "ema_decay": 0.5,
         "decode_batch": 1,
+        "balance": 1.0,
+        "x0_steps": 2,
+        "face_weight": 3.0,
+        "ldm_face_weight": 8.0,
     }
     with float64():
         one = train(TrainConfig.make(**given))
@@ -221,7 +236,7 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
     for x, y in zip(one.history, curve(tmp_path / "two")):
         assert x["bands"] == y["bands"] and all(
             abs(x[k] - y[k]) < 2e-6
-            for k in ("loss", "ldm", "lpips", "face", "grad_norm")
+            for k in ("loss", "ldm", "lpips", "face", "grad_norm", "gradient_ratio", "lambda_scale")
             if x[k] is not None
         ), (x, y)  # written to six digits
 

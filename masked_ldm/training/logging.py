@@ -88,7 +88,10 @@ def check_tracker(
         )
 
 # %% ../../nbs/training/12_logging.ipynb #7f08eddd
-_CURVES = ("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second")
+_CURVES = (
+    *("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second"),
+    *("gradient_ratio", "lambda_scale"),
+)
 
 
 class RunLog:
@@ -144,6 +147,7 @@ class RunLog:
         lr: float,
         grad_norm: float,
         skipped: int,  # steps so far
+        balance: dict[str, float] | None = None,  # what `Balance.measured` says
     ) -> dict[str, Any] | None:  # None where all steps since the last row were skipped
         "Sum up the steps since the last row, of all processes; every process has to call this."
         gathered = gather_object(self._parts)
@@ -157,6 +161,7 @@ class RunLog:
             grad_norm=round(grad_norm, 6) if math.isfinite(grad_norm) else None,
             skipped=skipped,
             images_per_second=round(pictures / (time.perf_counter() - self._clock), 3),
+            **(balance or {}),
             **summarise(gathered),
         )
         self._parts, self._steps = [], 0

@@ -284,6 +284,7 @@ def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
 # %% ../../nbs/training/10_memory_plan.ipynb #610c8e93
 _OF_A_STEP = (  # the settings that a step's cost depends on
     *("base", "size", "lpips_net", "face_net", "lambda1", "lambda2", "variant", "per_person"),
+    "x0_steps",
     *("mixed_precision", "gradient_checkpointing", "decode_batch", "channels_last"),
 )
 
@@ -317,7 +318,7 @@ def _step(
             weight.grad = _like(weight) if weight.requires_grad else None
 
     def forward_and_backward() -> None:
-        terms = training_losses(base, model, objective, batch, draw, autocast, config.per_person)
+        terms = training_losses(base, model, objective, batch, draw, autocast, config)
         terms.total.backward()
 
     with _norms_in_float32(bf16):  # also in the backward pass, where blocks may be run again
@@ -386,7 +387,7 @@ def plan(
         losses=weights_of(*loss_networks(config).values()),
         moments=(0.5 if config.use_8bit_adam else 2) * trained,
         average=trained if config.use_ema else 0.0,
-        gradients=trained if gradients else 0.0,
+        gradients=trained if gradients or config.balance else 0.0,
         step=step.gib,
     )
     return Plan({part: gib for part, gib in memory.items() if gib}, tflop)
