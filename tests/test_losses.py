@@ -12,7 +12,9 @@ from masked_ldm.masked_lpips import MaskedLPIPS
 from masked_ldm.toy.networks import random_tapnet
 
 
-@pytest.mark.parametrize("name", ["masked_lpips", "face_loss", "objective", "one_step"])
+@pytest.mark.parametrize(
+    "name", ["masked_lpips", "face_loss", "pose_loss", "objective", "one_step"]
+)
 def test_a_loss_loads_no_detector_no_plotting_and_no_data_code(name):
     code = (
         f"import sys; import masked_ldm.{name}; "
