@@ -21,10 +21,10 @@ lint: setup
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 # nbdev_test keeps what its pages held until it ends: several calls need less memory than one
 test: lint
-	$(IN_VENV) nbdev_test --n_workers 2 --skip_folder_re '^[_.]|^(experiments|howto|training)$$'
-	$(IN_VENV) nbdev_test --n_workers 2 --path nbs/training
-	$(IN_VENV) nbdev_test --n_workers 2 --path nbs/howto
-	$(IN_VENV) nbdev_test --n_workers 2 --path nbs/experiments
+	$(IN_VENV) nbdev_test --timing --n_workers 2 --skip_folder_re '^[_.]|^(experiments|howto|training)$$'
+	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/training
+	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/howto
+	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/experiments
 	$(IN_VENV) python -m pytest -n 2 --dist worksteal
 
 ablations: setup   # hours; goes on where it was stopped
