@@ -79,6 +79,38 @@ def test_nobody_has_no_boxes():
     assert people_boxes(torch.zeros(0, 1, 64, 64), torch.zeros(0)).shape == (0, 5)
 
 
+def test_parts_of_a_batch_keep_their_people():
+    "Decoded one at a time, people and joints go with their pictures, also where one has none."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(3, 17, 1))
+    latents, truth = torch.rand(2, 4, 3, 64, 64)
+    people = torch.tensor(
+        [[3.0, 5, 5, 40, 60], [0, 2, 9, 30, 50], [3, 20, 4, 60, 50], [1, 3, 3, 60, 60]]
+    )
+    joints = torch.randint(0, 3, (4, 17, 3)).float()
+    found = []
+    for few in (0, 1, 3):
+        z = latents.clone().requires_grad_()
+        terms = MaskAwareObjective(
+            100,
+            0,
+            0,
+            None,
+            None,
+            lambda z: z,
+            decode_batch=few,
+            more=[(0.5, PoseTerm(PoseLoss(net)))],
+        )(torch.ones(4), z, 5, truth, truth[:, :1], torch.zeros(0, 5), joints=(people, joints))
+        found.append((terms.values["pose"], torch.autograd.grad(terms.total, z)[0]))
+    alone = [PoseLoss(net)(latents, truth, people[[i]], joints[[i]]) for i in range(4)]
+    expected = torch.stack(
+        [alone[1][0], alone[3][1], torch.zeros(()), (alone[0] + alone[2])[3] / 2]
+    )
+    for values, gradient in found:
+        assert (values - expected).abs().max() < 1e-6 < expected[:2].min()
+        assert (gradient - found[0][1]).abs().max() < 1e-8 < gradient.abs().max()
+
+
 def test_an_unknown_network():
     with pytest.raises(ValueError, match="'mine' is not one of vitpose-base"):
         load_pose_net("mine")
