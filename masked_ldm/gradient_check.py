@@ -38,7 +38,7 @@ _NAMES = {"lpips": "LPIPS", "face": "face loss", "ldm": "diffusion loss"}
 def _why_silent(name: str, terms: Terms) -> str:
     "Why a term has weight 0 in a whole batch."
     if name == "ldm":
-        return "lambda1 + lambda2 is 1, so nothing is left for it"
+        return "the lambdas sum to 1, so nothing is left for it"
     if not terms.lambdas[name]:
         number = list(terms.lambdas).index(name) + 1
         return f"lambda{number} is 0, or its schedule is at 0"
@@ -61,11 +61,11 @@ def _why_dead(name: str, terms: Terms, is_reached: bool) -> str:
         )
     if name == "ldm" or not terms.x0_latents.requires_grad:
         return "the model output is detached or was computed under torch.no_grad()"
+    cut_in_the_loss = "the loss runs under torch.no_grad() or detaches its input"
+    if terms.looks_at[name] == "latents":
+        return f"x0_hat has a gradient and the loss has none: {cut_in_the_loss}"
     if terms.images is not None and terms.images.requires_grad:
-        return (
-            "the decoded picture has a gradient and the loss has none: "
-            "the loss runs under torch.no_grad() or detaches its input"
-        )
+        return f"the decoded picture has a gradient and the loss has none: {cut_in_the_loss}"
     return (
         "x0_hat has a gradient and the decoded picture has none: the decode runs under "
         "torch.no_grad(), or the picture passes through .detach() or a uint8 round trip"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .face_loss import FaceLoss, check_boxes
-from .masked_lpips import MaskedLPIPS, check_mask, check_range
+from .masked_lpips import check_mask, check_range
 
 # %% ../nbs/04b_objective.ipynb #17e4fcfa
 def term_weights(
@@ -163,7 +163,10 @@ class LPIPSTerm(Term):
     name = "lpips"
     needs = "a person: the mask is empty, perhaps after the crop"
 
-    def __init__(self, loss: MaskedLPIPS | None):
+    def __init__(
+        self,
+        loss: nn.Module | None,  # `MaskedLPIPS`, or one whose `looks_at` is "latents"
+    ):
         super().__init__()
         self.loss = loss
         self.looks_at = getattr(loss, "looks_at", "image")
@@ -216,6 +219,7 @@ class Terms:
     gate: Tensor  # (B,) how much of the perceptual terms each t got
     lambdas: dict[str, float]  # of the perceptual terms, at this step
     needs: dict[str, str]  # what a sample has to show for them
+    looks_at: dict[str, str]  # "image" or "latents"
 
     def by_name(self) -> dict[str, tuple[Tensor, Tensor]]:
         "{name: (values, weights)}"
@@ -266,7 +270,7 @@ class MaskAwareObjective(nn.Module):
         T: float,  # perceptual terms where t < T; 0 never, 1000 always
         lambda1: float,  # weight of `lpips`
         lambda2: float,  # weight of `face`; all lambdas sum to at most 1
-        lpips: MaskedLPIPS | None,  # None only where its weight is 0
+        lpips: nn.Module | None,  # `MaskedLPIPS`; None only where its weight is 0
         face: FaceLoss | None,  # None only where its weight is 0
         decode: Callable[[Tensor], Tensor],  # latents -> RGB in [-1,1], with gradient
         variant: str = "paper",  # or "as_published": the authors' code, to compare with
@@ -425,6 +429,7 @@ class MaskAwareObjective(nn.Module):
             gate=gate,
             lambdas=lambdas,
             needs={name: term.needs for name, term in self.terms.items()},
+            looks_at={name: term.looks_at for name, term in self.terms.items()},
         )
 
 # %% ../nbs/04b_objective.ipynb #cb90b737

@@ -39,7 +39,7 @@ def people_boxes(
     there = inside.flatten(1).any(1)
     boxes = masks.new_zeros(len(masks), 5, dtype=torch.float32)
     boxes[:, 0] = image_of
-    boxes[there, 1:] = masks_to_boxes(inside[there]).float()
+    boxes[there, 1:] = masks_to_boxes(inside[there]).to(boxes)
     boxes[there, 3:] += 1  # the far edge of the last pixel
     return boxes
 

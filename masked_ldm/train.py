@@ -152,26 +152,25 @@ class Trainer:
     def preflight(self) -> dict[str, float]:  # {term: gradient norm at the branch}
         "Check on pictures with faces, at t = T/2, that each term reaches the branch. Raises DeadTerm."
         c = self.config
-        face = self.objective.terms["face"].loss
         pictures = min(2, self.pictures_at_once)  # each is checked by itself
+        face = self.objective.terms["face"].loss
         batch = preflight_batch(face, self.data.train, pictures).to(self.device)
-        has_faces = face is not None and len(face.usable(batch.boxes, (c.size, c.size))) > 0
-        is_perceptual = c.T > 0 and c.variant == "paper"
-        expected = {
-            "ldm": c.lambda1 + c.lambda2 < 1 or not c.T,
-            "lpips": is_perceptual and c.lambda1 > 0,
-            "face": is_perceptual and has_faces,
-        }
         noise, posterior_noise, _ = sample_noise(c.seed, -1, range(len(batch)), self.latent_shape)
         draw = StepDraw(noise, posterior_noise, torch.full((len(batch),), c.T // 2))
         model = ControlledUNet(self.base.unet, self.trained.branch)
         terms = self.losses(batch, draw, model, c.lambda_warmup_steps)
-        names = [name for name, is_expected in expected.items() if is_expected]
-        self.norms = check_gradients(terms, self.trained.weights, tuple(names))
-        if is_perceptual and c.lambda2 and not has_faces:
-            self.accelerator.print(
-                "no usable face in the 64 pictures looked at: the face loss could not be checked"
-            )
+        expected = ["ldm"] if not c.T or sum(terms.lambdas.values()) < 1 else []
+        for name, weight in terms.lambdas.items():
+            if not (weight and c.T and c.variant == "paper"):
+                continue
+            if name == "lpips" or terms.weights[name].any():
+                expected.append(name)
+            else:
+                needed = terms.needs[name].split(":")[0]
+                self.accelerator.print(
+                    f"none of 64 pictures looked at has {needed}: the {name} loss was not checked"
+                )
+        self.norms = check_gradients(terms, self.trained.weights, tuple(expected))
         return self.norms
 
     def positions(self, step: int) -> list[list[int]]:  # in the whole batch, for each part

@@ -19,8 +19,9 @@ load_networks, collate = module.load_networks, data.collate
 def _load_doubled(*args):
     networks = load_networks(*args)
     base = networks.base
-    losses = (networks.lpips, networks.face, networks.judge_people, networks.judge_faces)
-    for network in (base.unet, base.vae, base.text_encoder, *losses):
+    losses = (networks.lpips, networks.face, networks.pose)
+    judges = (networks.judge_people, networks.judge_faces)
+    for network in (base.unet, base.vae, base.text_encoder, *losses, *judges):
         if network is not None:
             network.double()
     return networks

@@ -33,6 +33,8 @@ from masked_ldm.training.config import (
         (dict(dataloader_num_workers=100_000), "dataloader_num_workers must be 0 to 256"),
         (dict(resume=""), "resume must be a text, not ''"),
         (dict(variant="as_published", gate="linear"), "gate must be hard with variant as_publish"),
+        (dict(lambda3=0.4), "lambda1 + lambda2 + lambda3 must be between 0 and 1"),
+        (dict(lambda3=0.1, variant="as_published"), "lambda3 must be 0 and lpips_net not decoder"),
         (dict(balance=1, T=0), "balance 1 has no perceptual gradient to scale with T=0"),
         (dict(balance=1, lambda_warmup_steps=5), "so lambda_warmup_steps must be 0"),
         (dict(per_person=True, face_weight=2), "per_person averages LPIPS over whole people"),

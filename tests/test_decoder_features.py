@@ -187,3 +187,22 @@ def test_the_objective_takes_it_person_by_person(base):
     )
     terms.total.backward()
     assert x0.grad[0].abs().sum() > 0 and x0.grad[1].abs().sum() == 0
+
+
+def test_a_loss_of_latents_that_detaches_is_named_itself(base):
+    "Nothing is decoded, so the decode cannot be to blame."
+    from masked_ldm.gradient_check import DeadTerm, check_gradients
+    from masked_ldm.objective import MaskAwareObjective
+
+    class Blind(DecoderLPIPS):
+        def forward(self, pred, *rest):
+            return super().forward(pred.detach(), *rest)
+
+    weight = torch.nn.Parameter(torch.ones(()))
+    estimate = weight * latents()
+    objective = MaskAwareObjective(1000, 0.5, 0.0, Blind(base.vae), None, base.decode)
+    pictures, boxes = torch.zeros(2, 3, 32, 32), torch.zeros(0, 5)
+    plain = estimate.square().mean((1, 2, 3))
+    terms = objective(plain, estimate, 5, pictures, ONES, boxes, latents=latents(3)[:2])
+    with pytest.raises(DeadTerm, match="the loss runs under torch.no_grad.. or detaches"):
+        check_gradients(terms, [weight], ("lpips",))

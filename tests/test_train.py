@@ -101,7 +101,11 @@ SWITCHES = dict(
         background_weight=0.1,
         ldm_face_weight=8.0,
         snr_gamma=5.0,
+        lambda3=0.1,
         batch_size=2,
+    ),
+    decoder=dict(
+        T=700, lpips_net="decoder", lambda2=0.0, balance=0.5, cache_latents=True, batch_size=2
     ),
     bf16=dict(  # a processor without units for it takes ten times as long
         T=1000,
@@ -219,6 +223,7 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
         "x0_steps": 2,
         "face_weight": 3.0,
         "ldm_face_weight": 8.0,
+        "lambda3": 0.1,
     }
     with float64():
         one = train(TrainConfig.make(**given))
@@ -233,10 +238,11 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
     assert all(v.dtype == torch.float64 and (v - b[k]).abs().max() < 1e-9 for k, v in a.items()), (
         max((v - b[k]).abs().max() for k, v in a.items())
     )
+    terms = ("ldm", "lpips", "face", "pose")
     for x, y in zip(one.history, curve(tmp_path / "two")):
         assert x["bands"] == y["bands"] and all(
             abs(x[k] - y[k]) < 2e-6
-            for k in ("loss", "ldm", "lpips", "face", "grad_norm", "gradient_ratio", "lambda_scale")
+            for k in (*terms, "loss", "grad_norm", "gradient_ratio", "lambda_scale")
             if x[k] is not None
         ), (x, y)  # written to six digits
 

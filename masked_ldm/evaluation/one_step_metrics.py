@@ -209,7 +209,7 @@ def judge_runs(
     val, crop, size, lpips_net, face_net = shared[first]
     try:
         val_set = PersonDataset(val, size, crop=crop)
-        people = judge_of_people(lpips_net).to(base.device)
+        people = judge_of_people(lpips_net, base.path).to(base.device)
         faces = judge_of_faces(face_net).to(base.device)
     except (OSError, ValueError) as e:
         return {}, [*notes, f"no one-step metrics: {e}"]

@@ -33,7 +33,7 @@ class Balance:
     ):
         self.wanted = config.balance
         self.weights = weights
-        self.most = _MOST / max(config.lambda1 + config.lambda2, 1e-12)
+        self.most = _MOST / max(config.lambda1 + config.lambda2 + config.lambda3, 1e-12)
         self.max_decoded_t = config.T
         self.scale = 1.0  # the factor
         self.ratio: float | None = None  # newest measurement

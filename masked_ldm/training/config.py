@@ -57,16 +57,24 @@ def has_region_weights(config: "TrainConfig") -> bool:
 
 def _check_loss(config: "TrainConfig") -> None:
     "Raise ConfigError where the weights of Eq. (3) do not go together, or with the gate."
-    lambda1, lambda2 = config.lambda1, config.lambda2
-    if lambda1 + lambda2 > 1 + 1e-9:
+    names = ["lambda1", "lambda2"] + ["lambda3"] * (config.lambda3 > 0)
+    lambdas = [getattr(config, name) for name in names]
+    if sum(lambdas) > 1 + 1e-9:
+        given = " + ".join(f"{weight:g}" for weight in lambdas)
         raise ConfigError(
-            "lambda1 + lambda2 must be between 0 and 1, since the diffusion loss gets the rest; "
-            f"got {lambda1:g} + {lambda2:g} = {lambda1 + lambda2:g}"
+            f"{' + '.join(names)} must be between 0 and 1, since the diffusion loss gets the rest; "
+            f"got {given} = {sum(lambdas):g}"
         )
-    if config.balance and not (config.T and lambda1 + lambda2 and config.variant == "paper"):
+    if config.variant == "as_published" and (config.lambda3 or config.lpips_net == "decoder"):
+        raise ConfigError(
+            "variant as_published has masked LPIPS of pictures and the face loss alone, so "
+            "lambda3 must be 0 and lpips_net not decoder"
+        )
+    if config.balance and not (config.T and sum(lambdas) and config.variant == "paper"):
+        listed = ", ".join(f"{name}={weight:g}" for name, weight in zip(names, lambdas))
         raise ConfigError(
             f"balance {config.balance:g} has no perceptual gradient to scale with "
-            f"T={config.T}, lambda1={lambda1:g}, lambda2={lambda2:g}, variant={config.variant}"
+            f"T={config.T}, {listed}, variant={config.variant}"
         )
     if config.balance and config.lambda_warmup_steps:
         raise ConfigError("balance sets the size of the lambdas, so lambda_warmup_steps must be 0")
@@ -174,6 +182,7 @@ class TrainConfig:
     T: int = setting(100, "perceptual terms where t < T", least=0, most=1000)
     lambda1: float = setting(0.2, "weight of masked LPIPS in Eq. (3)", least=0)
     lambda2: float = setting(0.5, "weight of the face loss in Eq. (3)", least=0)
+    lambda3: float = setting(0.0, "weight of the pose loss, a third term", least=0)
     variant: str = setting(
         "paper",
         "as_published reproduces the authors' dead gradient",
@@ -212,11 +221,14 @@ class TrainConfig:
         0.0, "Min-SNR weighting of the diffusion loss; diffusers suggests 5; 0: none", least=0
     )
     lpips_net: str = setting(
-        "tiny", "network of masked LPIPS", choices=("tiny", "vgg", "alex", "squeeze")
+        "tiny",
+        "network of masked LPIPS; decoder: the base's own, on latents",
+        choices=("tiny", "vgg", "alex", "squeeze", "decoder"),
     )
     face_net: str = setting(
         "tiny", "network of the face loss", choices=("tiny", "vggface2", "casia-webface")
     )
+    pose_net: str = setting("tiny", "network of the pose loss", choices=("tiny", "vitpose-base"))
     # the data
     data_root: str | None = setting(
         None,

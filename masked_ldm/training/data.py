@@ -245,7 +245,8 @@ def preflight_batch(
     order = sorted(range(len(dataset)), key=lambda i: not dataset.rows[i]["faces"])
     samples = [dataset[i] for i in order[:looked_at]]
 
-    def lacks(sample: dict[str, Any]) -> tuple[bool, bool]:
-        return not usable_faces(face, sample), not sample["mask"].any()
+    def lacks(sample: dict[str, Any]) -> tuple[bool, bool, bool]:
+        no_joint = not (sample["joints"][..., 2] == 2).any()
+        return not usable_faces(face, sample), not sample["mask"].any(), no_joint
 
     return collate(sorted(samples, key=lacks)[:pictures])

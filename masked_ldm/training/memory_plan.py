@@ -31,13 +31,21 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+)
 
 from ..data.dataset import Batch
+from ..decoder_features import DecoderLPIPS
 from ..face_loss import FaceLoss
 from ..files import read_json
 from ..masked_lpips import MaskedLPIPS
 from ..models import BASES, Base, ControlledUNet, make_branch
+from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
 from .config import TrainConfig, training_pictures
 from .data import caches_latents
 from .networks import Networks, load_network, network_names
@@ -219,6 +227,9 @@ def _network(name: str) -> Any:
             return lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
     if name in ("vggface2", "casia-webface"):
         return InceptionResnetV1().eval()
+    if name == "vitpose-base":
+        settings: Any = dict(backbone_config=VitPoseBackboneConfig(), num_labels=17)
+        return VitPoseHeatmaps(VitPoseForPoseEstimation(VitPoseConfig(**settings)))
     return load_network(name)
 
 
@@ -226,13 +237,16 @@ def _network(name: str) -> Any:
 def _loss(role: str, name: str, per_person: bool) -> Any:
     "A loss, or a judge, without content."
     network = _network(name)
+    if role == "pose":
+        is_critic = name == "perceptual"
+        return without_content(PoseLoss(CriticHeatmaps(network) if is_critic else network))
     is_face = role in ("face", "judge_faces")
     return without_content(FaceLoss(network) if is_face else MaskedLPIPS(network, per_person))
 
 
 def loss_networks(config: TrainConfig) -> dict[str, Any]:  # {role: network}
     "What a run holds besides its base: the losses, and networks that judge."
-    names = network_names(config)
+    names = {role: name for role, name in network_names(config).items() if name != "decoder"}
     return {role: _loss(role, name, config.per_person) for role, name in names.items()}
 
 # %% ../../nbs/training/10_memory_plan.ipynb #d11d0566
@@ -265,7 +279,7 @@ def _batch(base: Base, config: TrainConfig, pictures: int, cached: bool) -> Batc
         people=mask,
         person_image=torch.arange(pictures),
         boxes=torch.tensor(faces),
-        joints=torch.zeros(pictures, 17, 3),
+        joints=torch.full((pictures, 17, 3), 2.0),  # all in sight
         captions=[""] * pictures,
         image_ids=list(range(pictures)),
     )
@@ -284,7 +298,7 @@ def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
 # %% ../../nbs/training/10_memory_plan.ipynb #610c8e93
 _OF_A_STEP = (  # the settings that a step's cost depends on
     *("base", "size", "lpips_net", "face_net", "lambda1", "lambda2", "variant", "per_person"),
-    "x0_steps",
+    *("x0_steps", "lambda3", "pose_net"),
     *("mixed_precision", "gradient_checkpointing", "decode_batch", "channels_last"),
 )
 
@@ -306,7 +320,10 @@ def _step(
     for network in (base.vae, base.unet, base.text_encoder, branch):
         without_content(network)
     losses = loss_networks(config)
-    networks = Networks(base, losses.get("lpips"), losses.get("face"), None, None)
+    people = losses.get("lpips")
+    if config.lpips_net == "decoder" and config.lambda1:
+        people = DecoderLPIPS(base.vae, per_person=config.per_person)
+    networks = Networks(base, people, losses.get("face"), None, None, losses.get("pose"))
     objective = make_objective(replace(config, T=1000 if decoded else 0), networks)
     model = ControlledUNet(base.unet, branch)
     batch = _batch(base, config, pictures, cached)
@@ -334,7 +351,7 @@ def decoded_samples(config: TrainConfig) -> tuple[int, float]:
     "(most, mean) number of samples that a step decodes, of the whole batch."
     batch, share = config.batch_size, config.T / 1000
     cap = config.max_decoded or batch
-    if not config.lambda1 + config.lambda2 or not share:
+    if not config.lambda1 + config.lambda2 + config.lambda3 or not share:
         return 0, 0.0
     if config.stratified_t and share < 1:
         below = min(batch - 1, max(1, round(batch * share)), cap)

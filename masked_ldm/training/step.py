@@ -23,6 +23,7 @@ from ..masked_lpips import region_mask, shrink_mask
 from ..models import Base, ControlledUNet
 from ..objective import MaskAwareObjective, Terms, warm_up
 from ..one_step import diffusion_target, predict_x0
+from ..pose_loss import PoseTerm, people_boxes
 from ..several_steps import predict_x0_steps
 from .config import TrainConfig, has_region_weights
 from .networks import Networks
@@ -82,6 +83,7 @@ def make_objective(config: TrainConfig, networks: Networks) -> MaskAwareObjectiv
         config.gate,
         warm_up(config.lambda_warmup_steps),
         config.decode_batch,
+        [(config.lambda3, PoseTerm(networks.pose))] if networks.pose else (),
     )
 
 # %% ../../nbs/training/06_step.ipynb #50def3e2
@@ -217,4 +219,5 @@ def training_losses(
             draw.sample_weights,
             draw.decode_weights,
             latents,
+            (people_boxes(batch.people, batch.person_image), batch.joints),
         )
