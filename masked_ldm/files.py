@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +73,14 @@ def remove_leftovers(
             path.unlink(missing_ok=True)
 
 # %% ../nbs/09_files.ipynb #989d7ca3
-def read_json(path: str | Path, kind: type = dict) -> Any:
+def read_json(
+    path: str | Path,
+    kind: type = dict,  # of what it holds
+    keep: Callable[[dict], Any] | None = None,  # what stays in memory of each object in it
+) -> Any:
     "Read a JSON file that holds a `kind`. Raises ValueError or FileNotFoundError with its name."
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=keep)
     except (ValueError, RecursionError) as e:  # no UTF-8, no JSON, a number of 5,000 digits
         raise ValueError(f"{path} is damaged: {e}") from None
     if not isinstance(value, kind):

@@ -303,6 +303,12 @@ def _discs(joints: Tensor, index: Tensor, mask: Tensor) -> list[tuple[int, Tenso
     return discs
 
 
+def _pixels(row: list[float]) -> tuple[int, int, slice, slice]:
+    "Where the pixels of a row (image number, x0, y0, x1, y1) are in (B,1,H,W)."
+    left, top, right, bottom = (max(0, math.ceil(v - 0.5)) for v in row[1:])
+    return int(row[0]), 0, slice(top, bottom), slice(left, right)
+
+
 def region_mask(
     mask: Tensor,  # (B,1,H,W) people, in [0,1]
     boxes: Tensor | None = None,  # (M,5) faces: rows of (image number, x0, y0, x1, y1)
@@ -312,6 +318,7 @@ def region_mask(
     hands: float = 1.0,
     body: float = 1.0,
     background: float = 0.0,
+    hand_boxes: Tensor | None = None,  # (H,5) rows as of `boxes`; in their pictures without discs
 ) -> Tensor:  # (B,1,H,W) in [0,1]
     "A soft mask for `MaskedLPIPS`. Raises ValueError for weights that cannot be."
     weights = dict(face=face, hands=hands, body=body, background=background)
@@ -319,14 +326,17 @@ def region_mask(
         raise ValueError(f"region weights must be 0 or more and not all 0, not {weights}")
     mask = mask.to(torch.promote_types(torch.float32, mask.dtype))
     out = body * mask + background * (1 - mask)
+    hand_pixels = [] if hand_boxes is None else [_pixels(row) for row in hand_boxes.tolist()]
     if joints is not None:
         if index is None:
             raise ValueError("joints need `index`, the image number of each person")
+        with_boxes = {inside[0] for inside in hand_pixels}
         for image, disc in _discs(joints, index, mask):
-            out[image, 0] = out[image, 0] * (1 - disc) + hands * disc
-    for i, x0, y0, x1, y1 in boxes.tolist() if boxes is not None else ():
-        left, top, right, bottom = (max(0, math.ceil(v - 0.5)) for v in (x0, y0, x1, y1))
-        inside = (int(i), 0, slice(top, bottom), slice(left, right))
+            if image not in with_boxes:
+                out[image, 0] = out[image, 0] * (1 - disc) + hands * disc
+    for inside in hand_pixels:
+        out[inside] = hands * mask[inside] + background * (1 - mask[inside])
+    for inside in [] if boxes is None else map(_pixels, boxes.tolist()):
         if face >= body:
             out[inside] = out[inside].clamp(min=face)
         else:

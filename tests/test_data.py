@@ -871,3 +871,181 @@ def test_what_a_run_keeps_is_made_again_where_it_is_damaged(
     recwarn.clear()
     load_data(config)
     assert not capsys.readouterr().out and not list(recwarn)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    "A COCO root of two pictures of 64 x 32, with two people in the first and one in the second."
+    from PIL import Image
+
+    root = tmp_path / "coco"
+    (root / "val2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    images = [dict(id=i, file_name=f"{i}.png", height=32, width=64, license=0) for i in (1, 2)]
+    corners = {(11, 1): 2, (12, 1): 36, (21, 2): 20}  # (annotation, picture): left side
+    people = [
+        dict(
+            id=id,
+            image_id=image,
+            category_id=1,
+            segmentation=[[x, 2, x + 24, 2, x + 24, 30, x, 30]],
+        )
+        for (id, image), x in corners.items()
+    ]
+    said = [dict(id=i, image_id=i, caption="somebody") for i in (1, 2)]
+    for image in images:
+        Image.new("RGB", (64, 32)).save(root / "val2017" / image["file_name"])
+    files = dict(
+        instances=dict(annotations=people, categories=[dict(id=1, name="person")]),
+        captions=dict(annotations=said),
+    )
+    for kind, content in files.items():
+        text = json.dumps(dict(images=images) | content)
+        (root / "annotations" / f"{kind}_val2017.json").write_text(text)
+    return root
+
+
+def hand_record(id, left=None, right=None, **other):
+    "COCO-WholeBody's record of a person: a hand without a box is not valid, and its box all zero."
+    sides = dict(lefthand=left, righthand=right)
+    boxes = {f"{side}_box": box or [0.0] * 4 for side, box in sides.items()}
+    valid = {f"{side}_valid": box is not None for side, box in sides.items()}
+    return dict(id=id, face_valid=False) | boxes | valid | other
+
+
+LABELLED = [hand_record(11, [4, 6, 8, 10], [20, 20, 4.5, 6]), hand_record(21, right=[38, 8, 6, 6])]
+
+
+def with_hands(root, annotations=LABELLED, raw=None):
+    "Build the manifest of `photographs` with a file of hands: (rows, info, path)."
+    from masked_ldm.data.manifest import build_manifest, load_manifest
+
+    file = root / "annotations" / "coco_wholebody_val_v1.0.json"
+    file.write_text(json.dumps(dict(annotations=annotations)) if raw is None else raw)
+    path = build_manifest(root, "val", root / "out", faces="none")
+    return *load_manifest(path), path
+
+
+def test_without_a_file_of_hands_a_manifest_is_what_it_was(photographs):
+    "Byte for byte, by a hash from before there were hands; with the file, people's `hands` and their count are all that is new."
+    from masked_ldm.data.manifest import build_manifest, load_manifest
+
+    old, plain = load_manifest(
+        build_manifest(photographs, "val", photographs / "out", faces="none")
+    )
+    assert plain["version"] == 4
+    assert plain["sha256"] == "d79b8edcf34254577f9a8b255d7f33358a6bc102df07a43c80d59c75b74d462b"
+    assert plain["content"] == "f790037933dfaf26cffbf14639f9f82e1cb0081a486e84d37000650ea2d233eb"
+    assert "hand_boxes" not in plain
+    rows, info, _ = with_hands(photographs)
+    found = {p["id"]: p.pop("hands") for row in rows for p in row["people"]}
+    assert found == {11: [[4, 6, 12, 16], [20, 20, 24.5, 26]], 12: [], 21: [[38, 8, 44, 14]]}
+    assert rows == old and info.pop("hand_boxes") == 3
+    hashes = ("sha256", "content")
+    assert {k: v for k, v in info.items() if k not in hashes} == {
+        k: v for k, v in plain.items() if k not in hashes
+    }
+
+
+def test_hands_follow_crop_resize_and_flip(photographs):
+    "The square is the middle of 64 x 32, at 16 pixels: x becomes (x - 16) / 2, mirrored 16 less that."
+    from masked_ldm.data.dataset import Batch, PersonDataset, collate
+
+    *_, path = with_hands(photographs)
+    plain = PersonDataset(path, 16, flip=0)
+    mirrored = PersonDataset(path, 16, flip=1)
+    batch = collate([plain[0], mirrored[(0, 0)], plain[1], mirrored[(0, 1)]])
+    # of the first picture one hand is cropped away, and nothing is left of it
+    wanted = [[0, 2, 10, 4.25, 13], [1, 11.75, 10, 14, 13], [2, 11, 4, 14, 7], [3, 2, 4, 5, 7]]
+    np.testing.assert_allclose(batch.hands, wanted, atol=1e-5)
+    some = batch[[3, 0]].to("cpu")
+    np.testing.assert_allclose(some.hands, [[0, *wanted[3][1:]], [1, *wanted[0][1:]]], atol=1e-5)
+    by_hand = {k: v for k, v in vars(batch).items() if k != "hands"}
+    assert Batch(**by_hand)[[1, 2]].hands.shape == (0, 5)
+
+
+def test_a_hand_that_is_cut_keeps_what_is_inside(photographs):
+    from masked_ldm.data.dataset import PersonDataset, collate
+
+    cut = [hand_record(11, [10, 4, 8, 8], [2, 4, 14, 8]), hand_record(12, [46, 4, 12, 8])]
+    *_, path = with_hands(photographs, cut)
+    batch = collate([PersonDataset(path, 32, flip=0)[i] for i in range(2)])
+    np.testing.assert_allclose(batch.hands, [[0, 0, 4, 2, 12], [0, 30, 4, 32, 12]], atol=1e-5)
+
+
+def test_both_losses_weigh_hands_by_their_boxes(photographs):
+    "Inside the box and the person; without boxes and joints the mask of a person is flat."
+    import torch
+
+    from masked_ldm.data.dataset import PersonDataset, collate
+    from masked_ldm.training.config import TrainConfig
+    from masked_ldm.training.step import diffusion_weights, perceptual_mask
+
+    *_, path = with_hands(photographs)
+    batch = collate([PersonDataset(path, 32, flip=0)[1]])  # x less 16: person 4..28, hand 22..28
+    batch.hands[0, 3] = 32  # and beyond the person
+    config = TrainConfig.make(hand_weight=4.0, ldm_hand_weight=4.0)
+    inside = torch.zeros(1, 1, 32, 32)
+    inside[..., 8:14, 22:28] = 1
+    assert torch.equal(perceptual_mask(config, batch), (batch.mask + 3 * inside) / 4)
+    weights = diffusion_weights(config, batch, (32, 32))
+    torch.testing.assert_close(weights / weights.min(), 1 + 3 * inside)
+
+
+@pytest.mark.parametrize(
+    "box, said",
+    [
+        (None, "lefthand_box that is not x, y, width, height; it is left out"),
+        ([1, 2, 3], "lefthand_box that is not"),
+        ([1, 2, 3, "4"], "lefthand_box that is not"),
+        ([NAN] * 4, "lefthand_box that is not"),
+        ([1, 2, INF, 4], "lefthand_box that is not"),
+        ([1, 2, 10**400, 4], "lefthand_box that is not"),
+        ([0.0] * 4, "lefthand_box that is not"),
+        ([5, 5, 4, 0], "lefthand_box that is not"),
+        ([64, 3, 4, 4], "lefthand_box outside the picture"),
+        ({"x": 1}, "lefthand_box that is not"),
+    ],
+)
+def test_a_hand_that_cannot_be_is_left_out_and_counted(box, said, photographs):
+    "The person's other hand stays."
+    bad = hand_record(11, right=[20, 20, 4, 6], lefthand_box=box, lefthand_valid=True)
+    rows, info, _ = with_hands(photographs, [bad])
+    assert rows[0]["people"][0]["hands"] == [[20, 20, 24, 26]] and info["hand_boxes"] == 1
+    (found,) = info["bad_annotations"]
+    assert found["file"] == "coco_wholebody_val_v1.0.json" and found["annotation"] == 11
+    assert found["wrong"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    "annotations, said",
+    [
+        (
+            [hand_record(99)],
+            "1 annotation(s) have a id that is not there, the first is annotation 99",
+        ),
+        ([hand_record(11), hand_record(11)], "annotation id(s) occur more than once"),
+        ([dict(lefthand_valid=True)], "annotation number 0 has no 'id'"),
+        (["x"], "annotation number 0 has no 'id'"),
+        ([hand_record(11, lefthand_valid="no")], "annotation 11 has the lefthand_valid 'no'"),
+        ([hand_record(11, righthand_valid=[1])], "annotation 11 has the righthand_valid [1]"),
+        (None, "has no list 'annotations'"),
+    ],
+)
+def test_a_file_of_hands_that_cannot_be_is_refused(annotations, said, photographs):
+    with pytest.raises(ValueError) as e:
+        with_hands(photographs, annotations)
+    assert said in str(e.value) and "coco_wholebody_val_v1.0.json" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("raw", ["", "{", "<html>", "[" * 100_000])
+def test_a_file_of_hands_that_is_no_json_is_refused(raw, photographs):
+    with pytest.raises(ValueError, match=r"coco_wholebody_val_v1\.0\.json is damaged"):
+        with_hands(photographs, raw=raw)
+
+
+def test_hands_are_counted_where_a_manifest_is_summed_up(photographs):
+    with_hands(photographs)
+    code, text = cli("build", photographs, "--split", "val", "--faces", "none")
+    assert code == 0 and "\nhands: 3 boxes\n" in text, text

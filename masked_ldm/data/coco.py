@@ -37,7 +37,10 @@ def no_gc() -> Iterator[None]:
 
 # %% ../../nbs/data/01_coco.ipynb #649271a8
 @no_gc()
-def read_annotations(path: str | Path) -> dict:
+def read_annotations(
+    path: str | Path,
+    keep: Callable[[dict], Any] | None = None,  # what stays in memory of each object in it
+) -> dict:
     "Read a JSON file of a COCO root. Raises FileNotFoundError or ValueError that names the file."
     path = Path(path)
     if not path.is_file():
@@ -46,7 +49,7 @@ def read_annotations(path: str | Path) -> dict:
             "annotations/captions_SPLIT2017.json and the pictures in SPLIT2017/"
         )
     try:
-        return read_json(path)
+        return read_json(path, keep=keep)
     except ValueError as e:
         raise ValueError(
             f"{e}: remove it (rm {path}) and fetch it again; a download leaves what is there"
@@ -145,6 +148,10 @@ def _is_inside(name: Any) -> bool:
     return not {"", ".", ".."} & set(re.split(r"[/\\]", name))
 
 
+def _is_flag(value: Any) -> bool:
+    return value is None or (type(value) in (int, bool) and value in (0, 1))
+
+
 def _is_side(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**16
 
@@ -158,10 +165,8 @@ _IMAGE: _Fields = dict(
     coco_url=(lambda v: v is None or _is_line(v), "a text"),
 )
 _NAMED: _Fields = dict(name=(_is_line, "a text"))
-_PERSON: _Fields = dict(
-    iscrowd=(lambda v: v is None or (type(v) in (int, bool) and v in (0, 1)), "0 or 1"),
-    face_valid=(lambda v: v is None or (type(v) in (int, bool) and v in (0, 1)), "true or false"),
-)
+_PERSON: _Fields = dict(iscrowd=(_is_flag, "0 or 1"), face_valid=(_is_flag, "true or false"))
+_HANDS: _Fields = dict.fromkeys(("lefthand_valid", "righthand_valid"), (_is_flag, "true or false"))
 _CAPTION: _Fields = dict(caption=(lambda v: v is None or _is_text(v), "a text"))
 
 
@@ -201,6 +206,8 @@ class Split:
     captions: dict[int, list[str]]  # {image id: captions, white space cleaned}
     licenses: dict  # {id: name}
     path: Path  # of the instances file
+    hands: dict[int, dict] | None  # {annotation id: {field: box}}; None without their file
+    hands_path: Path  # COCO-WholeBody's
 
 
 def _read_instances(path: Path) -> tuple[dict, list[dict]]:
@@ -224,14 +231,35 @@ def _read_instances(path: Path) -> tuple[dict, list[dict]]:
     return content, sorted(people, key=lambda a: a["id"])
 
 # %% ../../nbs/data/01_coco.ipynb #f2b7e8b0
-def _add_joints(people: list[dict], path: Path) -> None:
-    "Give each person annotation its `keypoints`."
-    found = _records(read_annotations(path), "annotations", path)
+def _of_people(people: list[dict], path: Path, keep: Callable | None = None) -> list[dict]:
+    "What an optional file says of person annotations; each has the id of one of them."
+    found = _records(read_annotations(path, keep), "annotations", path)
     _unique_ids(found, path, "annotation")
     _check_references(found, "id", {a["id"] for a in people}, path, "annotation")
-    joints = {a["id"]: a.get("keypoints") for a in found}
+    return found
+
+
+def _add_joints(people: list[dict], path: Path) -> None:
+    "Give each person annotation its `keypoints`."
+    joints = {a["id"]: a.get("keypoints") for a in _of_people(people, path)}
     for annotation in people:
         annotation["keypoints"] = joints.get(annotation["id"])
+
+
+def _without_points(record: dict) -> dict:
+    "COCO-WholeBody's 133 points a person, which take gigabytes, are not kept."
+    return {k: v for k, v in record.items() if not k.endswith(("_kpts", "keypoints"))}
+
+
+def _read_hands(people: list[dict], path: Path) -> dict[int, dict]:
+    "{annotation id: {field: box as it stands}} of hands that COCO-WholeBody calls valid."
+    found = _of_people(people, path, _without_points)
+    _check_fields(found, _HANDS, path, "annotation")
+    sides = ("lefthand", "righthand")
+    return {
+        a["id"]: {f"{s}_box": a.get(f"{s}_box") for s in sides if a.get(f"{s}_valid")}
+        for a in found
+    }
 
 
 def _read_captions(path: Path, image_ids: set[int]) -> dict[int, list[str]]:
@@ -253,11 +281,12 @@ def read_coco(
     root: str | Path,  # folder with annotations/ and {split}2017/
     split: str = "train",  # "train" or "val"
 ) -> Split:
-    "Read the people, captions and joints of a split. Raises FileNotFoundError or ValueError that names file and annotation."
+    "Read the people, captions, joints and hands of a split. Raises FileNotFoundError or ValueError that names file and annotation."
     folder = Path(root) / "annotations"
     instances = folder / f"instances_{split}2017.json"
     captions = folder / f"captions_{split}2017.json"
     joints = folder / f"person_keypoints_{split}2017.json"
+    hands = folder / f"coco_wholebody_{split}_v1.0.json"
     for needed in (instances, captions):
         if not needed.is_file():
             read_annotations(needed)  # says what is missing before the long read
@@ -265,6 +294,7 @@ def read_coco(
     content.setdefault("licenses", [])
     if joints.is_file():
         _add_joints(annotations, joints)
+    of_hands = _read_hands(annotations, hands) if hands.is_file() else None
     people = defaultdict(list)
     for annotation in annotations:
         people[annotation["image_id"]].append(annotation)
@@ -275,6 +305,8 @@ def read_coco(
         captions=_read_captions(captions, {image["id"] for image in images}),
         licenses=_names(_records(content, "licenses", instances), instances, "licence"),
         path=instances,
+        hands=of_hands,
+        hands_path=hands,
     )
 
 # %% ../../nbs/data/01_coco.ipynb #55f15477

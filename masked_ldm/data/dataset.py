@@ -6,8 +6,8 @@
 __all__ = ['transform', 'PersonDataset', 'Batch', 'collate', 'batch_keys']
 
 # %% ../../nbs/data/07_dataset.ipynb #d0000003
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,17 +59,25 @@ def transform(
     flip: bool,  # mirror it?
     min_visible: float = 0.5,  # share of a face box that must stay inside
     crop: str = "center",  # or "people", see `people_offset`
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "(pixels (3,S,S) in [-1,1], masks (K,S,S) in [0,1], boxes (F',4), joints (K,17,3))."
+    hands: Sequence | Tensor = (),  # (H,4) hand boxes x0, y0, x1, y1
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    "(pixels (3,S,S) in [-1,1], masks (K,S,S) in [0,1], boxes (F',4), joints (K,17,3), hands (H',4))."
     canvas = (image.height, image.width)
-    corners = torch.as_tensor(boxes).reshape(-1, 4).float()
     joints = torch.as_tensor(joints)
+
+    def boxed(corners: Sequence | Tensor) -> tv_tensors.BoundingBoxes:
+        return tv_tensors.BoundingBoxes(
+            torch.as_tensor(corners).reshape(-1, 4).float(),
+            format="XYXY",
+            canvas_size=canvas,
+            clamping_mode=None,
+        )
+
     things = dict(
         image=tv_tensors.Image(v2.functional.pil_to_tensor(image)),
         masks=tv_tensors.Image(torch.as_tensor(masks).float()),
-        boxes=tv_tensors.BoundingBoxes(
-            corners, format="XYXY", canvas_size=canvas, clamping_mode=None
-        ),
+        boxes=boxed(boxes),
+        hands=boxed(hands),
         joints=tv_tensors.KeyPoints(joints[..., :2].float(), canvas_size=canvas),
     )
     square = _crop_and_flip(things, size, crop, flip)
@@ -77,6 +85,7 @@ def transform(
     whole = square["boxes"]
     clipped = whole.clamp(0, size)
     visible = _area(clipped) >= min_visible * _area(whole).clamp(min=1e-6)
+    hands = square["hands"].clamp(0, size)
 
     points, visibility = square["joints"], joints[..., 2].float()
     there = (visibility > 0) & ((points >= 0) & (points <= size)).all(-1)
@@ -88,6 +97,7 @@ def transform(
         square["masks"].clamp(0, 1),
         clipped[visible],
         joints,
+        hands[_area(hands) > 0],
     )
 
 # %% ../../nbs/data/07_dataset.ipynb #9038947b
@@ -144,14 +154,14 @@ class PersonDataset(torch.utils.data.Dataset):
         self,
         key: int | tuple[int, int],  # i, or (epoch, i) for an augmented sample
     ) -> dict[str, Any]:
-        "pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), caption, image_id; with a cache moments (8,h,w), text (77,D)."
+        "pixels (3,S,S), mask (1,S,S), people (K,S,S), boxes (F,4), joints (K,17,3), hands (H,4), caption, image_id; with a cache moments (8,h,w), text (77,D)."
         epoch, i = key if isinstance(key, tuple) else (None, key)
         row = self.rows[i]
         flip, caption = self._augmentation(epoch, row)
         image = read_row(row, self.folder)
         people = [person for person in row["people"] if not person["iscrowd"]]
         h, w = row["height"], row["width"]
-        pixels, masks, boxes, joints = transform(
+        pixels, masks, boxes, joints, hands = transform(
             image,
             np.stack([decode_mask(person["segmentation"], h, w) for person in people]),
             [face["box"] for face in row["faces"]],
@@ -160,6 +170,7 @@ class PersonDataset(torch.utils.data.Dataset):
             flip,
             self.min_visible,
             self.crop,
+            [box for person in people for box in person.get("hands", [])],
         )
         sample = dict(
             pixels=pixels,
@@ -167,6 +178,7 @@ class PersonDataset(torch.utils.data.Dataset):
             people=masks,
             boxes=boxes,
             joints=joints,
+            hands=hands,
             caption=row["captions"][caption],
             image_id=row["image_id"],
         )
@@ -186,6 +198,12 @@ def _members(image_of: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return row, number
 
 
+def _boxes_in(boxes: Tensor, images: Tensor) -> Tensor:
+    "Rows of (image number, x0, y0, x1, y1) that belong to some images, renumbered."
+    row, number = _members(boxes[:, 0].long(), images)
+    return torch.cat([number[:, None].to(boxes), boxes[row, 1:]], 1)
+
+
 @dataclass
 class Batch:
     "A batch of pictures of people."
@@ -200,6 +218,7 @@ class Batch:
     image_ids: list[int]
     moments: Tensor | None = None  # (B,8,h,w) mean and log-variance of latents, with a cache
     text: Tensor | None = None  # (B,77,D) embeddings of the captions, with a cache
+    hands: Tensor = field(default_factory=lambda: torch.zeros(0, 5))  # (H,5), rows as of `boxes`
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -208,21 +227,21 @@ class Batch:
         self,
         rows: Tensor | list[int] | slice,  # image numbers, or a mask (B,)
     ) -> "Batch":
-        "Take some of the images; their people and faces come along, renumbered."
+        "Take some of the images; their people, faces and hands come along, renumbered."
         images = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
         person, person_image = _members(self.person_image, images)
-        face, face_image = _members(self.boxes[:, 0].long(), images)
         return Batch(
             pixels=self.pixels[images],
             mask=self.mask[images],
             people=self.people[person],
             person_image=person_image,
-            boxes=torch.cat([face_image[:, None].to(self.boxes), self.boxes[face, 1:]], 1),
+            boxes=_boxes_in(self.boxes, images),
             joints=self.joints[person],
             captions=[self.captions[i] for i in images.tolist()],
             image_ids=[self.image_ids[i] for i in images.tolist()],
             moments=None if self.moments is None else self.moments[images],
             text=None if self.text is None else self.text[images],
+            hands=_boxes_in(self.hands, images),
         )
 
     def to(self, device: str | torch.device) -> "Batch":
@@ -237,27 +256,31 @@ class Batch:
 def collate(
     samples: list[dict[str, Any]],  # of `PersonDataset`
 ) -> Batch:
-    "Make a batch of samples with any number of people and faces, none included."
+    "Make a batch of samples with any number of people, faces and hands, none included."
 
     def stacked(name: str) -> Tensor | None:
         return torch.stack([s[name] for s in samples]) if name in samples[0] else None
 
-    people = torch.tensor([len(sample["people"]) for sample in samples])
-    faces = torch.tensor([len(sample["boxes"]) for sample in samples])
-    images = torch.arange(len(samples))
-    corners = torch.cat([sample["boxes"] for sample in samples])
-    face_image = images.repeat_interleave(faces)
+    def image_of(name: str) -> Tensor:
+        counts = torch.tensor([len(sample[name]) for sample in samples])
+        return torch.arange(len(samples)).repeat_interleave(counts)
+
+    def numbered(name: str) -> Tensor:
+        corners = torch.cat([sample[name] for sample in samples])
+        return torch.cat([image_of(name)[:, None].to(corners), corners], 1)
+
     return Batch(
         pixels=torch.stack([sample["pixels"] for sample in samples]),
         mask=torch.stack([sample["mask"] for sample in samples]),
         people=torch.cat([sample["people"] for sample in samples])[:, None],
-        person_image=images.repeat_interleave(people),
-        boxes=torch.cat([face_image[:, None].to(corners), corners], 1),
+        person_image=image_of("people"),
+        boxes=numbered("boxes"),
         joints=torch.cat([sample["joints"] for sample in samples]),
         captions=[sample["caption"] for sample in samples],
         image_ids=[sample["image_id"] for sample in samples],
         moments=stacked("moments"),
         text=stacked("text"),
+        hands=numbered("hands"),
     )
 
 # %% ../../nbs/data/07_dataset.ipynb #026c3893

@@ -91,6 +91,15 @@ def _numbers(values: Any, n: int, most: float) -> bool:  # n numbers of -most to
     return all(type(v) in (int, float) and -most < v < most for v in values)
 
 
+def _box_problem(name: str, box: Any, h: int, w: int) -> str:
+    "What is wrong with an annotated box x, y, width, height; empty: nothing."
+    if not _numbers(box, 4, 1e6) or min(box[2:]) <= 0:
+        return f"{name} that is not x, y, width, height; it is left out"
+    if box[0] >= w or box[1] >= h or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
+        return f"{name} outside the picture; it is left out"
+    return ""
+
+
 def _person(annotation: dict, h: int, w: int) -> tuple[dict, str]:
     "(a manifest's record of one person, what was wrong beside the mask). Raises ValueError for a mask without a pixel."
     segmentation, left_out = to_rle(annotation.get("segmentation"), h, w)
@@ -189,16 +198,27 @@ def _face_boxes(annotations: list[dict], h: int, w: int) -> tuple[list, list[tup
     for annotation in annotations:
         if not annotation.get("face_valid"):
             continue
-        box = annotation["face_box"]
-        if not _numbers(box, 4, 1e6) or min(box[2:]) <= 0:
-            problem = "face_box that is not x, y, width, height; it is left out"
-        elif box[0] >= w or box[1] >= h or box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
-            problem = "face_box outside the picture; it is left out"
+        problem = _box_problem("face_box", annotation["face_box"], h, w)
+        if problem:
+            wrong.append((annotation["id"], problem))
         else:
-            boxes.append(box)
-            continue
-        wrong.append((annotation["id"], problem))
+            boxes.append(annotation["face_box"])
     return boxes, wrong
+
+
+def _add_hands(people: list[dict], found: dict, h: int, w: int) -> list[tuple[int, str]]:
+    "Give each record its `hands`, boxes x0, y0, x1, y1; [(annotation id, what is wrong with one)]."
+    wrong = []
+    for person in people:
+        person["hands"] = []
+        for name, box in found.get(person["id"], {}).items():
+            problem = _box_problem(name, box, h, w)
+            if problem:
+                wrong.append((person["id"], problem))
+            else:
+                left, top, width, height = map(float, box)
+                person["hands"].append([left, top, left + width, top + height])
+    return wrong
 
 
 def _select(root: str | Path, split: str, rule: FilterRule) -> tuple[list[dict], dict]:
@@ -213,9 +233,13 @@ def _select(root: str | Path, split: str, rule: FilterRule) -> tuple[list[dict],
         captions = content.captions.pop(image["id"], [])
         row, why, wrong = describe_image(image, annotations, captions, rule, allowed)
         with_face = [a for a in annotations if "face_box" in a]
-        boxes, wrong_faces = _face_boxes(with_face, image["height"], image["width"])
+        size = image["height"], image["width"]
+        boxes, wrong_faces = _face_boxes(with_face, *size)
         for number, problem in wrong + wrong_faces:
             bad.append(dict(file=content.path.name, annotation=number, wrong=problem))
+        if content.hands is not None:
+            for number, problem in _add_hands(row["people"], content.hands, *size):
+                bad.append(dict(file=content.hands_path.name, annotation=number, wrong=problem))
         if why:
             dropped[why] += 1
             continue

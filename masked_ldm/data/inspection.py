@@ -85,6 +85,7 @@ def summarise_manifest(
         f"{info['split']}: {info['kept']:,} of {info['pictures']:,} pictures, "
         f"{info['people']:,} people, {info['face_boxes']:,} faces ({info['faces']}) "
         f"in {info['pictures_with_face']:,} pictures",
+        *([f"hands: {info['hand_boxes']:,} boxes"] if "hand_boxes" in info else []),
         "rule: " + ", ".join(f"{name} {value}" for name, value in info["rule"].items()),
         "dropped:" if dropped else "dropped: none",
         *(f"  {number:7,d}  {why}" for why, number in dropped),

@@ -209,6 +209,9 @@ def _write_manifest(rows: list[dict], out: Path, info: dict) -> None:
                 bare = json.dumps(Path(name).name)
                 content.update(f'{comma}{{"file_name": {bare}, {rest}'.encode())
         content.update(b"]")
+        hands = [p["hands"] for row in rows for p in row["people"] if "hands" in p]
+        if hands:  # COCO-WholeBody's file is there
+            info = info | dict(hand_boxes=sum(map(len, hands)))
         info = info | dict(
             people=sum(not person["iscrowd"] for row in rows for person in row["people"]),
             face_boxes=sum(len(row["faces"]) for row in rows),

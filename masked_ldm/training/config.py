@@ -209,7 +209,7 @@ class TrainConfig:
         1.0, "of faces in masked LPIPS, where the rest of a person has 1", least=0, most=1000
     )
     hand_weight: float = setting(
-        1.0, "of hands, where COCO labels wrist and elbow", least=0, most=1000
+        1.0, "of hands, where boxes or wrist and elbow are labelled", least=0, most=1000
     )
     background_weight: float = setting(0.0, "of what is no person", least=0, most=1000)
     ldm_people_weight: float = setting(

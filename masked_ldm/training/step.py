@@ -99,6 +99,7 @@ def perceptual_mask(config: TrainConfig, batch: Batch) -> Tensor:  # (B,1,H,W) i
         face=config.face_weight,
         hands=config.hand_weight,
         background=config.background_weight,
+        hand_boxes=batch.hands,
     )
 
 
@@ -121,6 +122,7 @@ def diffusion_weights(
         hands=config.ldm_hand_weight,
         body=of_people,
         background=1.0,
+        hand_boxes=batch.hands,
     )
     on_latents = shrink_mask(regions, (size[0], size[1]))
     return on_latents / on_latents.mean((1, 2, 3), keepdim=True)
