@@ -206,3 +206,13 @@ def test_a_loss_of_latents_that_detaches_is_named_itself(base):
     terms = objective(plain, estimate, 5, pictures, ONES, boxes, latents=latents(3)[:2])
     with pytest.raises(DeadTerm, match="the loss runs under torch.no_grad.. or detaches"):
         check_gradients(terms, [weight], ("lpips",))
+
+
+def test_a_quantile_of_some_values_finds_what_that_of_all_finds():
+    "Rows, columns and channels are powers of two: an even stride would see few of them."
+    gen = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 128, 64, 64, generator=gen)
+    features *= torch.linspace(0.5, 1, 64)  # columns that differ
+    features[:, 3] += 100
+    kept = usual_values(features)
+    assert not kept[:, 3].any() and kept[:, 4:].all()
