@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from masked_ldm.masked_lpips import (
     as_a_constant,
@@ -32,9 +33,14 @@ def decoder_features(
     z = from_unit_scale(vae, latents)
     if vae.post_quant_conv is not None:
         z = vae.post_quant_conv(z)
-    features = [vae.decoder.mid_block(vae.decoder.conv_in(z))]
-    for block in vae.decoder.up_blocks[: max(depths)]:
-        features.append(block(features[-1]))
+    decoder = vae.decoder
+    found, features = decoder.conv_in(z), []
+    for block in (decoder.mid_block, *decoder.up_blocks[: max(depths)]):
+        if decoder.gradient_checkpointing and torch.is_grad_enabled():
+            found = checkpoint(block, found, use_reentrant=False)
+        else:
+            found = block(found)
+        features.append(found)
     return [features[depth] for depth in depths]
 
 # %% ../nbs/03b_decoder_features.ipynb #15b17cdb

@@ -153,7 +153,7 @@ class Term(nn.Module):
         estimate: Tensor,  # (B,3,H,W) RGB in [-1,1], or (B,4,h,w) latents
         truth: Truth,
     ) -> Tensor:  # (B,)
-        "How far each estimate is from the truth."
+        "How far each estimate is from the truth; only samples in which it is present are given."
         raise NotImplementedError
 
 
@@ -250,6 +250,20 @@ def _check_settings(T: float, lambdas: list[float], variant: str, gate) -> None:
     gate_weight(torch.zeros(1), T, gate)
 
 
+def _check_terms(terms: Sequence[Term], variant: str) -> None:
+    "Raises ValueError for terms that cannot stand beside each other."
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two terms have one name: {names}")
+    wrong = [name for name in names if name == "ldm" or not name.isidentifier()]
+    if wrong:
+        raise ValueError(
+            f"a term's name must be an identifier, and ldm is the diffusion loss: {wrong}"
+        )
+    if variant == "as_published" and any(term.looks_at != "image" for term in terms):
+        raise ValueError("variant 'as_published' has no terms that look at latents")
+
+
 def _check_plain_loss(l_ldm: Tensor, samples: int) -> Tensor:  # (B,) float32 or wider
     "Raises ValueError unless there is one value a sample."
     if l_ldm.ndim != 1 or len(l_ldm) != samples:
@@ -288,9 +302,8 @@ class MaskAwareObjective(nn.Module):
                     f"{name} must be a loss, not {loss!r}, since its weight is {weight}"
                 )
         terms = [LPIPSTerm(lpips), FaceTerm(face), *(term for _, term in more)]
+        _check_terms(terms, variant)
         self.terms = nn.ModuleDict({term.name: term for term in terms})
-        if len(self.terms) < len(terms):
-            raise ValueError(f"two terms have one name: {[term.name for term in terms]}")
         self.T = T
         # a bound method, so that the autoencoder does not become a part of this module
         self.decode = decode.__call__ if isinstance(decode, nn.Module) else decode
@@ -313,8 +326,8 @@ class MaskAwareObjective(nn.Module):
         if not (factor >= 0 and sum(weights) <= 1 + 1e-9):
             listed = " and ".join(f"{weight:g}" for weight in weights)
             raise ValueError(
-                f"schedule gives {factor} at step {step}: the lambdas would be {listed}, "
-                "but must be 0 or more and sum to at most 1"
+                f"schedule gives {factor} at step {step}, scale {self.scale:g}: the lambdas would "
+                f"be {listed}, but must be 0 or more and sum to at most 1"
             )
         return dict(zip(self.terms, weights, strict=True))
 
@@ -345,11 +358,18 @@ class MaskAwareObjective(nn.Module):
         looks_at: str,  # "image" or "latents"
         latents: Tensor,  # (D,4,h,w) of some samples
         truth: Truth,  # of these samples
-        names: list[str],  # of the terms
+        needed: dict[str, Tensor],  # (D,) bool of each term
     ) -> tuple[Tensor, ...]:  # what was looked at (D,...), and (D,) for each term
-        "Compare estimates with the truth."
+        "Compare estimates with the truth, each term where it has something to see."
         seen = self._see(looks_at, latents)
-        return seen, *(self.terms[name](seen, truth) for name in names)
+        values = []
+        for name, rows in needed.items():
+            own = rows.nonzero()[:, 0]
+            value = seen.new_zeros(len(seen), dtype=torch.promote_types(seen.dtype, torch.float32))
+            if len(own):
+                value = value.index_copy(0, own, self.terms[name](seen[own], truth[own]).to(value))
+            values.append(value)
+        return seen, *values
 
     def _perceptual(
         self,
@@ -367,12 +387,15 @@ class MaskAwareObjective(nn.Module):
             if not len(rows):
                 continue
             names = [name for name, any_ in zip(self.terms, which.any(1).tolist()) if any_]
-            few = self.decode_batch if looks_at == "image" else 0
-            parts = rows.split(few or len(rows))
+            parts = rows.split(self.decode_batch or len(rows))
             judge = self._judge
             if len(parts) > 1:
                 judge = partial(checkpoint, self._judge, use_reentrant=False)
-            found = [judge(looks_at, x0_latents[part], truth[part], names) for part in parts]
+            found = []
+            for part in parts:
+                of_part = dict(zip(self.terms, which[:, part], strict=True))
+                of_part = {name: of_part[name] for name in names}
+                found.append(judge(looks_at, x0_latents[part], truth[part], of_part))
             seen, *each = (torch.cat(column) for column in zip(*found, strict=True))
             for name, value in zip(names, each, strict=True):
                 values[name] = values[name].index_copy(0, rows, value.to(values[name]))

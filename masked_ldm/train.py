@@ -89,6 +89,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None  # judgement on the way
         self.grids: list[Path] = []
         self._saved: Any = None  # step and best of the newest checkpoint
+        self._judged: tuple[int, dict[str, Any] | None] = (-1, None)  # step and what was found
 
         self.start = on_main(self._start)
         self.run_id = self.folder.tracker_id(resumed=self.start is not None)
@@ -168,7 +169,8 @@ class Trainer:
             else:
                 needed = terms.needs[name].split(":")[0]
                 self.accelerator.print(
-                    f"none of 64 pictures looked at has {needed}: the {name} loss was not checked"
+                    f"none of the {len(batch)} pictures of the gradient check has {needed}: "
+                    f"the {name} loss was not checked"
                 )
         self.norms = check_gradients(terms, self.trained.weights, tuple(expected))
         return self.norms
@@ -201,8 +203,7 @@ class Trainer:
                 self.accelerator.backward(terms.total / len(parts))
             values = {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.by_name().items()}
             computed.append(PartLosses(draw.t, values, terms.total.item()))
-        if is_measured:
-            self.balance.update(self.accelerator)
+        self.balance.update(timesteps, self.accelerator)
         self.step_done += 1
         warm_up_factor = min(1.0, self.step_done / max(1, c.lr_warmup_steps))
         self.grad_norm = self.trained.update(c.learning_rate * warm_up_factor, c.max_grad_norm)
@@ -358,6 +359,7 @@ class Trainer:
     def validate(self) -> None:
         "Judge now; a best so far keeps its checkpoint."
         metrics = self.evaluator.judge()
+        self._judged = self.step_done, metrics
         if metrics is None:
             return
         self._write_row(self.log.judged(self.step_done, validation_scores(metrics)))
@@ -406,7 +408,9 @@ class Trainer:
         if self.is_main:
             with self.trained.averaged() as branch:  # before anything can go wrong
                 save_branch(branch, self.folder.controlnet)
-            metrics = self.evaluator.judge()
+            judged_at, metrics = self._judged
+            if judged_at != self.step_done:
+                metrics = self.evaluator.judge()
             self._write_verdict(metrics)
             if self.config.push_to_hub:
                 place = self.folder.path, self.config.hub_model_id

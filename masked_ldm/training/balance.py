@@ -21,6 +21,7 @@ from .timesteps import StepTimesteps
 _FIRST = 10  # steps that are all measured
 _EVERY = 10  # afterwards
 _MOST = 0.95  # of a sample's weight, for all perceptual terms together
+_LEAST = 1e-3  # of the perceptual gradient: less is what rounding leaves of their difference
 
 
 class Balance:
@@ -35,22 +36,27 @@ class Balance:
         self.weights = weights
         self.most = _MOST / max(config.lambda1 + config.lambda2 + config.lambda3, 1e-12)
         self.max_decoded_t = config.T
-        self.scale = 1.0  # the factor
+        self.share = 1.0  # of the steps that decode anything
+        if not config.stratified_t:
+            self.share -= (1 - config.T / 1000) ** config.batch_size
+        self.scale = min(1.0, self.most) if self.wanted else 1.0  # the factor
         self.ratio: float | None = None  # newest measurement
         self.decoding_steps = 0
         self.measurements = 0
-        self.log_unit = 0.0  # smoothed logarithm of the ratio at factor 1
+        self.log_unit = 0.0  # smoothed logarithm of the ratio per unit of the factor
         self._perceptual: list[Tensor] = []  # gradient of the step that is measured
 
-    def is_due(self, timesteps: StepTimesteps) -> bool:
-        "Is the step with these timesteps measured? It has to be asked once a step."
+    def _decodes(self, timesteps: StepTimesteps) -> bool:
         decoded = timesteps.t < self.max_decoded_t
         if timesteps.decode_weights is not None:
             decoded = decoded & (timesteps.decode_weights > 0)
-        if not self.wanted or not decoded.any():
-            return False
-        self.decoding_steps += 1
-        return self.decoding_steps <= _FIRST or self.decoding_steps % _EVERY == 0
+        return bool(decoded.any())
+
+    def is_due(self, timesteps: StepTimesteps) -> bool:  # of the whole batch
+        "Is the step with these timesteps measured?"
+        number = self.decoding_steps + 1
+        in_turn = number <= _FIRST or number % _EVERY == 0
+        return self.wanted > 0 and in_turn and self._decodes(timesteps)
 
     def add(
         self,
@@ -70,8 +76,14 @@ class Balance:
             if gradient is not None:
                 total += gradient
 
-    def update(self, accelerator: Accelerator) -> None:
-        "Measure, after all backward passes of a step, and move the factor."
+    def update(self, timesteps: StepTimesteps, accelerator: Accelerator) -> None:
+        "Count a step after all its backward passes; measure it and move the factor if that is due."
+        is_measured = self.is_due(timesteps)
+        self.decoding_steps += self.wanted > 0 and self._decodes(timesteps)
+        if is_measured:
+            self._measure(accelerator)
+
+    def _measure(self, accelerator: Accelerator) -> None:
         squares = torch.zeros(2, dtype=torch.float64)  # of the perceptual part, and of the rest
         for weight, perceptual in zip(self.weights, self._perceptual, strict=True):
             mean: Any = accelerator.reduce(perceptual, "mean")
@@ -80,9 +92,10 @@ class Balance:
             squares[1] += rest.double().square().sum().cpu()
         self._perceptual = []
         perceptual_norm, diffusion_norm = squares.sqrt().tolist()
-        if not (0 < perceptual_norm < math.inf and 0 < diffusion_norm < math.inf):
+        is_finite = 0 < perceptual_norm < math.inf and diffusion_norm < math.inf
+        if not is_finite or diffusion_norm < _LEAST * perceptual_norm:
             return
-        self.ratio = perceptual_norm / diffusion_norm
+        self.ratio = self.share * perceptual_norm / diffusion_norm
         self.measurements += 1
         rate = max(0.1, 1 / self.measurements)
         self.log_unit += rate * (math.log(self.ratio / self.scale) - self.log_unit)
@@ -100,6 +113,9 @@ class Balance:
         return {name: getattr(self, name) for name in names}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        "Go on from a checkpoint."
+        "Go on from a checkpoint, if this run balances too."
+        if not self.wanted:
+            return
         for name, value in state.items():
             setattr(self, name, value)
+        self.scale = min(self.scale, self.most)

@@ -27,6 +27,7 @@ _SD15 = dict(
     base="sd15",
     lpips_net="vgg",
     face_net="vggface2",
+    pose_net="vitpose-base",
     size=512,
     max_steps=12 * PAPER_PICTURES,
     batch_size=1,
@@ -199,7 +200,7 @@ class TrainConfig:
         "ratio of the perceptual to the diffusion gradient at the branch to which all lambdas are "
         "scaled; 0: fixed lambdas, as in the paper",
         least=0,
-        most=1000,
+        most=100,
     )
     x0_steps: int = setting(
         1, "model calls of an estimate that perceptual terms look at; 1: Eq. (4)", least=1, most=50

@@ -89,7 +89,7 @@ def check_tracker(
 
 # %% ../../nbs/training/12_logging.ipynb #7f08eddd
 _CURVES = (
-    *("loss", "ldm", "lpips", "face", "grad_norm", "lr", "images_per_second"),
+    *("loss", "ldm", "lpips", "face", "pose", "grad_norm", "lr", "images_per_second"),
     *("gradient_ratio", "lambda_scale"),
 )
 
@@ -194,7 +194,7 @@ class RunLog:
     def print_losses(self, step: int) -> None:
         "Print the terms of the last row."
         last: dict[str, Any] = next((r for r in reversed(self.history) if "ldm" in r), {})
-        seen = {name: last.get(name) for name in ("ldm", "lpips", "face")}
+        seen = {name: last.get(name) for name in ("ldm", "lpips", "face", "pose")}
         text = ", ".join(f"{name} {v:.4f}" for name, v in seen.items() if v is not None)
         self.accelerator.print(f"step {step}: {text}")
 

@@ -404,7 +404,8 @@ def plan(
         losses=weights_of(*loss_networks(config).values()),
         moments=(0.5 if config.use_8bit_adam else 2) * trained,
         average=trained if config.use_ema else 0.0,
-        gradients=trained if gradients or config.balance else 0.0,
+        gradients=trained if gradients else 0.0,
+        balance=(1 + gradients) * trained if config.balance else 0.0,  # gradients of its own
         step=step.gib,
     )
     return Plan({part: gib for part, gib in memory.items() if gib}, tflop)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from ..models import Base, make_branch, set_precision
 from .config import TrainConfig
@@ -62,6 +63,8 @@ def compiled(
     "Compile f at its first call, if the run asks for it; from a second shape on for all shapes."
     if not config.torch_compile:
         return f
+    # the gradient check and the balance go back through a graph more than once
+    functorch_config.donated_buffer = False
     return torch.compile(f, dynamic=None if varying else False)
 
 # %% ../../nbs/training/07_optimizer.ipynb #5277b392

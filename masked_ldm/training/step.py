@@ -118,8 +118,8 @@ def diffusion_weights(
         batch.boxes,
         batch.joints,
         batch.person_image,
-        face=of_faces,
-        hands=config.ldm_hand_weight,
+        face=max(of_faces, of_people),  # a face is a part of a person
+        hands=max(config.ldm_hand_weight, of_people),
         body=of_people,
         background=1.0,
         hand_boxes=batch.hands,
@@ -195,7 +195,7 @@ def training_losses(
     weights = diffusion_weights(config, batch, latents.shape[-2:])
     l_ldm = diffusion_loss(output, target, draw.t, scheduler, weights, config.snr_gamma)
     x0_hat = predict_x0(output, noisy, draw.t, scheduler)  # Eq. (4)
-    counts = objective.gate(draw.t) > 0
+    counts = (objective.gate(draw.t) > 0) & any(objective.lambdas(step).values())
     if draw.decode_weights is not None:
         counts = counts & (draw.decode_weights > 0)
     with autocast():
