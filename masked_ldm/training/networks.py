@@ -22,7 +22,6 @@ from .config import TrainConfig
 
 # %% ../../nbs/training/02_networks.ipynb #687af9ef
 _PEOPLE_JUDGES = dict(tiny="judge_perceptual", vgg="alex", alex="vgg", squeeze="alex")
-_OF_ITS_OWN_WORLD = {True: "tiny", False: "vgg"}  # stands for `decoder`, which is no network apart
 _FACE_JUDGES = {
     "tiny": "judge_face",
     "vggface2": "casia-webface",
@@ -32,9 +31,9 @@ _FACE_JUDGES = {
 
 def _people_judge(lpips_net: str, base: str) -> str:
     "Who may judge people, given what trained: for the decoder's features anybody of its world."
-    return _PEOPLE_JUDGES[
-        _OF_ITS_OWN_WORLD[base == "tiny"] if lpips_net == "decoder" else lpips_net
-    ]
+    if lpips_net == "decoder":
+        lpips_net = "tiny" if base == "tiny" else "vgg"
+    return _PEOPLE_JUDGES[lpips_net]
 
 
 def network_names(
