@@ -10,17 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from masked_ldm.masked_lpips import (
-    as_a_constant,
-    check_mask,
-    difference_map,
-    image_numbers,
-    mean_inside,
-    unit,
-)
+from .masked_lpips import MaskedDistance, as_a_constant, difference_map, unit
 from .models import from_unit_scale
 
 # %% ../nbs/03b_decoder_features.ipynb #3c37c694
@@ -75,20 +68,8 @@ def _check_depths(vae: AutoencoderKL, depths: Sequence[int], outliers: float) ->
     if not 0 <= outliers < 0.5:
         raise ValueError(f"outliers must be a share from 0 to below 0.5, not {outliers}")
 
-
-def _check_latents(vae: AutoencoderKL, pred: Tensor, target: Tensor | None) -> None:
-    "Raises ValueError unless both are latents of this autoencoder."
-    channels = vae.config.latent_channels
-    if target is None:
-        raise ValueError(
-            f"target must be latents (B,{channels},h,w), not None: pass `latents` to the objective"
-        )
-    if pred.shape != target.shape or pred.ndim != 4 or pred.shape[1] != channels:
-        shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"pred and target must both be latents (B,{channels},h,w), not {shapes}")
-
 # %% ../nbs/03b_decoder_features.ipynb #19fb7696
-class DecoderLPIPS(nn.Module):
+class DecoderLPIPS(MaskedDistance):
     "Distance of two latents in the features of their decoder, averaged over people as in Eq. (2)."
 
     looks_at = "latents"  # what the objective hands in; nothing is decoded for it
@@ -103,6 +84,8 @@ class DecoderLPIPS(nn.Module):
         super().__init__()
         _check_depths(vae, depths, outliers)
         self._vae = (vae,)  # in a tuple it does not become a part of this module
+        self.channels = vae.config.latent_channels
+        self.f = 2 ** (len(vae.config.block_out_channels) - 1)
         self.depths = tuple(depths)
         self.per_person = per_person
         self.outliers = outliers
@@ -124,19 +107,3 @@ class DecoderLPIPS(nn.Module):
             head = torch.full((truth.shape[1],), 1 / len(self.depths))  # average the depths
             maps.append(difference_map(ours * kept, unit(truth * kept), head))
         return maps
-
-    def forward(
-        self,
-        pred: Tensor,  # (B,4,h,w) latents of unit scale
-        target: Tensor,  # (B,4,h,w) likewise; no gradient goes here
-        mask: Tensor,  # (B,1,H,W) in [0,1]; with `per_person` (K,1,H,W), one a person
-        index: Tensor | None = None,  # (K,) image number of each person, with `per_person`
-    ) -> Tensor:  # (B,), 0 without gradient where the mask is empty
-        "Distance inside the mask. Raises ValueError for what does not fit together."
-        (vae,) = self._vae
-        _check_latents(vae, pred, target)
-        f = 2 ** (len(vae.config.block_out_channels) - 1)
-        check_mask(mask, (f * pred.shape[-2], f * pred.shape[-1]))
-        index = image_numbers(index, len(mask), len(pred), self.per_person).to(pred.device)
-        dtype = torch.promote_types(torch.float32, torch.promote_types(pred.dtype, mask.dtype))
-        return mean_inside(self.maps(pred, target), mask.detach().to(dtype), index)

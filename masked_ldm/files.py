@@ -102,12 +102,16 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def weights_sha256(network: "torch.nn.Module") -> str:
+def weights_sha256(
+    network: "torch.nn.Module",
+    dtype: "torch.dtype | None" = None,  # in which precision; None: their own
+) -> str:
     "SHA-256 of a module's weights: names, types, shapes and values."
     import torch  # here, since what only writes files has no use for it
 
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
+        tensor = tensor.to(dtype or tensor.dtype)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

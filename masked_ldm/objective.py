@@ -103,6 +103,7 @@ class Truth:
     latents: Tensor | None = None  # (B,4,h,w) of the pictures
     people: Tensor | None = None  # (P,5) boxes of people, rows as of faces
     joints: Tensor | None = None  # (P,17,3) of these people: x, y in pixels, COCO's visibility
+    views: Tensor | None = None  # (B,3) of `flip_and_shift`, for masked LPIPS
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -130,6 +131,7 @@ class Truth:
             image_of=image_of,
             boxes=self._rows_of(self.boxes, images)[0],
             latents=None if self.latents is None else self.latents[images],
+            views=None if self.views is None else self.views[images],
         )
         if self.people is not None and self.joints is not None:
             some.people, kept = self._rows_of(self.people, images)
@@ -179,8 +181,12 @@ class LPIPSTerm(Term):
         "Distance inside people."
         assert self.loss is not None
         target = truth.pictures if self.looks_at == "image" else truth.latents
-        index = (truth.image_of,) if truth.per_person else ()
-        return self.loss(estimate, target, truth.masks, *index)
+        how = {}
+        if truth.per_person:
+            how["index"] = truth.image_of
+        if truth.views is not None:
+            how["views"] = truth.views
+        return self.loss(estimate, target, truth.masks, **how)
 
 
 class FaceTerm(Term):
@@ -417,6 +423,7 @@ class MaskAwareObjective(nn.Module):
         decode_weights: Tensor | None = None,  # (B,) factor on its perceptual terms; 0: none
         latents: Tensor | None = None,  # (B,4,h,w) of the pictures, for terms that look at them
         joints: tuple[Tensor, Tensor] | None = None,  # (P,5) people's boxes, (P,17,3) joints
+        views: Tensor | None = None,  # (B,3) in [0,1): LPIPS sees both from there
     ) -> Terms:
         "The weighted loss, and its terms for a log. Raises ValueError for what does not fit."
         l_ldm = _check_plain_loss(l_ldm, len(x0_latents))
@@ -425,8 +432,17 @@ class MaskAwareObjective(nn.Module):
         masks, image_of = people or (mask, torch.arange(len(mask), device=mask.device))
         check_range(target)
         check_mask(masks, target.shape[-2:])
+        bodies, their_joints = joints or (None, None)
         truth = Truth(
-            target, masks, image_of, boxes, people is not None, latents, *(joints or (None, None))
+            pictures=target,
+            masks=masks,
+            image_of=image_of,
+            boxes=boxes,
+            per_person=people is not None,
+            latents=latents,
+            people=bodies,
+            joints=their_joints,
+            views=views,
         )
         lambdas = self.lambdas(step)
         gate = self.gate(torch.as_tensor(t, device=l_ldm.device).expand(len(l_ldm)))

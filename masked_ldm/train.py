@@ -193,7 +193,8 @@ class Trainer:
         is_measured = self.balance.is_due(timesteps)
         computed: list[PartLosses] = []
         for positions, batch in parts:
-            draw = sample_draw(c.seed, self.step_done, positions, self.latent_shape, timesteps)
+            key = (c.seed, self.step_done, positions)
+            draw = sample_draw(*key, self.latent_shape, timesteps, c.lpips_views)
             is_last = len(computed) == len(parts) - 1  # then the processes share their gradients
             not_yet = self.accelerator.no_sync(self.trained.wrapped)
             with nullcontext() if is_last else not_yet:

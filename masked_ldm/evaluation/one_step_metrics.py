@@ -29,7 +29,7 @@ from ..masked_lpips import MaskedLPIPS
 from ..models import Base, ControlledUNet, own_precision
 from ..one_step import diffusion_target, predict_x0
 from ..sample import MaskedLDMPipeline, Run, by_parts, pictures_at_once
-from ..training.networks import judge_of_faces, judge_of_people
+from ..training.networks import judge_of_faces, judge_of_people, people_judge
 
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #2ac04c49
 LEVELS = (20, 60, 100, 200, 400)  # timesteps at which estimates are judged
@@ -176,10 +176,14 @@ def format_metrics(
 # %% ../../nbs/evaluation/01_one_step_metrics.ipynb #6d1385d6
 def _shared(run: Run) -> tuple[Any, ...]:
     "What a run must share with another to be compared: pictures and networks. Raises KeyError."
+    config = run.config
+    perceptual = config["lpips_net"], config.get("base", "tiny"), config.get("latent_net", "tiny")
     return (
         run.data["val"],
-        run.config.get("crop", "center"),
-        *(run.config[name] for name in ("size", "lpips_net", "face_net")),
+        config.get("crop", "center"),
+        config["size"],
+        people_judge(*perceptual),
+        config["face_net"],
     )
 
 
@@ -206,10 +210,13 @@ def judge_runs(
         notes.append(f"no one-step metrics of {name}: other pictures or networks than {first}")
 
     base = models["base"].base
-    val, crop, size, lpips_net, face_net = shared[first]
+    val, crop, size, _, face_net = shared[first]
+    config = runs[first].config
     try:
         val_set = PersonDataset(val, size, crop=crop)
-        people = judge_of_people(lpips_net, base.path).to(base.device)
+        people = judge_of_people(
+            config["lpips_net"], base.path, config.get("latent_net", "tiny")
+        ).to(base.device)
         faces = judge_of_faces(face_net).to(base.device)
     except (OSError, ValueError) as e:
         return {}, [*notes, f"no one-step metrics: {e}"]

@@ -48,6 +48,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(cache_latents=False),  # and the defaults below
     "sd15": _SD15,
     "sd15-12gb": dict(_SD15, gradient_checkpointing=True),
+    "sd15-fast": dict(
+        _SD15,
+        T=700,
+        balance=1.0,
+        lpips_net="latent",
+        lambda2=0.0,
+        ldm_face_weight=8.0,
+    ),
 }
 
 # %% ../../nbs/training/01_config.ipynb #359b3575
@@ -66,10 +74,11 @@ def _check_loss(config: "TrainConfig") -> None:
             f"{' + '.join(names)} must be between 0 and 1, since the diffusion loss gets the rest; "
             f"got {given} = {sum(lambdas):g}"
         )
-    if config.variant == "as_published" and (config.lambda3 or config.lpips_net == "decoder"):
+    looks_at_latents = config.lpips_net in ("decoder", "latent")
+    if config.variant == "as_published" and (config.lambda3 or looks_at_latents):
         raise ConfigError(
             "variant as_published has masked LPIPS of pictures and the face loss alone, so "
-            "lambda3 must be 0 and lpips_net not decoder"
+            "lambda3 must be 0 and lpips_net not decoder or latent"
         )
     if config.balance and not (config.T and sum(lambdas) and config.variant == "paper"):
         listed = ", ".join(f"{name}={weight:g}" for name, weight in zip(names, lambdas))
@@ -118,6 +127,21 @@ def _check_step(config: "TrainConfig") -> None:
         )
 
 
+def _check_latent_net(config: "TrainConfig") -> None:
+    "Raise ConfigError where the network of lpips_net latent is not there."
+    if config.lpips_net != "latent" or not config.lambda1:
+        return
+    if config.latent_net == "tiny":
+        if config.base in PRESETS and config.base != "tiny":
+            raise ConfigError(
+                f"lpips_net latent needs latent_net with base {config.base}: a folder made by "
+                "masked-ldm-distill, or a file of elatentlpips; lpips_net decoder needs neither, "
+                "and lambda1 0 no network at all"
+            )
+    elif not Path(config.latent_net).exists():
+        raise ConfigError(f"latent_net {config.latent_net} is neither tiny nor a folder or file")
+
+
 def _check_needs(config: "TrainConfig") -> None:
     "Raise ConfigError for a switch without what it needs."
     if config.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.hub_model_id or ""):
@@ -132,6 +156,7 @@ def _check_needs(config: "TrainConfig") -> None:
     compilers = ("c++", "g++", "clang++", "cl", os.environ.get("CXX", "c++"))
     if config.torch_compile and not any(map(shutil.which, compilers)):
         raise ConfigError("torch_compile needs a C++ compiler, such as g++, and none is installed")
+    _check_latent_net(config)
     if config.data_root is None and config.base != "tiny":
         raise ConfigError(
             f"data_root is needed with base {config.base!r}: the folder of a COCO 2017 data set "
@@ -175,7 +200,7 @@ class TrainConfig:
     preset: str = setting(
         "tiny",
         "tiny: built-in world on a CPU; sd15: the paper's settings; "
-        "sd15-12gb: the same in less memory",
+        "sd15-12gb: the same in less memory; sd15-fast: nothing decoded, as this project recommends",
         choices=PRESETS,
         may_change=True,
     )
@@ -223,8 +248,17 @@ class TrainConfig:
     )
     lpips_net: str = setting(
         "tiny",
-        "network of masked LPIPS; decoder: the base's own, on latents",
-        choices=("tiny", "vgg", "alex", "squeeze", "decoder"),
+        "network of masked LPIPS: of pictures, or of latents, for which nothing is decoded: "
+        "latent, which latent_net names, or decoder, the base's own",
+        choices=("tiny", "vgg", "alex", "squeeze", "latent", "decoder"),
+    )
+    latent_net: str = setting(
+        "tiny",
+        "network of lpips_net latent: the built-in world's, a folder made by masked-ldm-distill, "
+        "or a file of elatentlpips, whose licence is CC BY-NC 4.0",
+    )
+    lpips_views: bool = setting(
+        False, "show masked LPIPS both in one random view, mirrored and moved, as E-LatentLPIPS"
     )
     face_net: str = setting(
         "tiny", "network of the face loss", choices=("tiny", "vggface2", "casia-webface")

@@ -43,6 +43,7 @@ from ..data.dataset import Batch
 from ..decoder_features import DecoderLPIPS
 from ..face_loss import FaceLoss
 from ..files import read_json
+from ..latent_features import LatentFeatures, PublishedLatentVGG
 from ..masked_lpips import MaskedLPIPS
 from ..models import BASES, Base, ControlledUNet, make_branch
 from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
@@ -219,6 +220,14 @@ def weights_of(*networks: nn.Module, trained: bool = False) -> float:  # GiB
     return sum(p.nbytes for p in weights if p.requires_grad or not trained) / 2**30
 
 # %% ../../nbs/training/10_memory_plan.ipynb #89d49444
+def _latent_network(name: str) -> Any:
+    "A network of latents, by `latent_net`."
+    if Path(name).is_file():
+        return PublishedLatentVGG()
+    folder = Path(BASES["tiny"]) / "latent" if name == "tiny" else Path(name)
+    return LatentFeatures.from_config(read_json(folder / "config.json"))
+
+
 def _network(name: str) -> Any:
     "A network of the losses; only its shapes matter, so LPIPS' trunk is random and not fetched."
     if name in ("vgg", "alex", "squeeze"):
@@ -234,9 +243,9 @@ def _network(name: str) -> Any:
 
 
 @lru_cache
-def _loss(role: str, name: str, per_person: bool) -> Any:
+def _loss(role: str, name: str, per_person: bool, latent_net: str) -> Any:
     "A loss, or a judge, without content."
-    network = _network(name)
+    network = _latent_network(latent_net) if name == "latent" else _network(name)
     if role == "pose":
         is_critic = name == "perceptual"
         return without_content(PoseLoss(CriticHeatmaps(network) if is_critic else network))
@@ -247,7 +256,8 @@ def _loss(role: str, name: str, per_person: bool) -> Any:
 def loss_networks(config: TrainConfig) -> dict[str, Any]:  # {role: network}
     "What a run holds besides its base: the losses, and networks that judge."
     names = {role: name for role, name in network_names(config).items() if name != "decoder"}
-    return {role: _loss(role, name, config.per_person) for role, name in names.items()}
+    how = config.per_person, config.latent_net
+    return {role: _loss(role, name, *how) for role, name in names.items()}
 
 # %% ../../nbs/training/10_memory_plan.ipynb #d11d0566
 @contextmanager
@@ -298,7 +308,7 @@ def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
 # %% ../../nbs/training/10_memory_plan.ipynb #610c8e93
 _OF_A_STEP = (  # the settings that a step's cost depends on
     *("base", "size", "lpips_net", "face_net", "lambda1", "lambda2", "variant", "per_person"),
-    *("x0_steps", "lambda3", "pose_net"),
+    *("x0_steps", "lambda3", "pose_net", "latent_net"),
     *("mixed_precision", "gradient_checkpointing", "decode_batch", "channels_last"),
 )
 

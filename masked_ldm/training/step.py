@@ -28,7 +28,7 @@ from ..several_steps import predict_x0_steps
 from .config import TrainConfig, has_region_weights
 from .networks import Networks
 from .optimizer import compiled
-from .timesteps import StepTimesteps, sample_noise
+from .timesteps import StepTimesteps, sample_noise, sample_views
 
 # %% ../../nbs/training/06_step.ipynb #22ed4874
 @dataclass
@@ -40,15 +40,16 @@ class StepDraw:
     t: Tensor  # (B,)
     sample_weights: Tensor | None = None  # (B,) on every term of a sample
     decode_weights: Tensor | None = None  # (B,) on its perceptual terms; 0: not decoded
+    views: Tensor | None = None  # (B,3) that masked LPIPS has of them
 
     def to(self, device: torch.device | str) -> "StepDraw":
         "Put it on another device."
-        weights = (self.sample_weights, self.decode_weights)
+        optional = (self.sample_weights, self.decode_weights, self.views)
         return StepDraw(
             self.noise.to(device),
             self.posterior_noise.to(device),
             self.t.to(device),
-            *(w if w is None else w.to(device) for w in weights),
+            *(v if v is None else v.to(device) for v in optional),
         )
 
 
@@ -58,6 +59,7 @@ def sample_draw(
     positions: Sequence[int],  # in the whole batch
     shape: tuple[int, ...],  # (4,h,w) of a latent
     timesteps: StepTimesteps,  # of the whole batch
+    views: bool = False,  # does masked LPIPS have a random one of each?
 ) -> StepDraw:
     "Draw what some of a step's samples need."
     noise, posterior_noise, _ = sample_noise(seed, step, positions, shape)
@@ -67,6 +69,8 @@ def sample_draw(
         draw.sample_weights = timesteps.sample_weights[index]
     if timesteps.decode_weights is not None:
         draw.decode_weights = timesteps.decode_weights[index]
+    if views:
+        draw.views = sample_views(seed, step, positions)
     return draw
 
 # %% ../../nbs/training/06_step.ipynb #6c703f00
@@ -222,4 +226,5 @@ def training_losses(
             draw.decode_weights,
             latents,
             (people_boxes(batch.people, batch.person_image), batch.joints),
+            draw.views,
         )
