@@ -49,6 +49,11 @@ def _why_silent(name: str, terms: Terms) -> str:
 
 def _why_dead(name: str, terms: Terms, is_reached: bool) -> str:
     "Where a term's gradient was most probably cut."
+    if is_reached and terms.looks_at.get(name) == "latents":
+        return (
+            "the graph is whole and carries zeros: the network answers all latents alike, or "
+            "what it is given is multiplied by 0"
+        )
     if is_reached:
         return (
             "the graph is whole and carries zeros: the picture is clamped where every pixel "

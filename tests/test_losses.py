@@ -13,7 +13,11 @@ from masked_ldm.toy.networks import random_tapnet
 
 
 @pytest.mark.parametrize(
-    "name", ["masked_lpips", "decoder_features", "face_loss", "pose_loss", "objective", "one_step"]
+    "name",
+    [
+        *("masked_lpips", "decoder_features", "latent_features", "face_loss", "pose_loss"),
+        *("objective", "one_step"),
+    ],
 )
 def test_a_loss_loads_no_detector_no_plotting_and_no_data_code(name):
     code = (

@@ -107,6 +107,16 @@ SWITCHES = dict(
     decoder=dict(
         T=700, lpips_net="decoder", lambda2=0.0, balance=0.5, cache_latents=True, batch_size=2
     ),
+    latent=dict(
+        T=700,
+        lpips_net="latent",
+        lpips_views=True,
+        lambda2=0.0,
+        balance=1.0,
+        ldm_face_weight=8.0,
+        cache_latents=True,
+        batch_size=2,
+    ),
     bf16=dict(  # a processor without units for it takes ten times as long
         T=1000,
         mixed_precision="bf16",
@@ -203,7 +213,8 @@ def test_two_processes_are_one(tmp_path, quick):
         ) < (1e-5, 1e-3)[k > 0] * max(1, a["grad_norm"]), (k, a, b)
 
 
-def test_two_processes_are_one_with_every_switch(tmp_path, quick):
+@pytest.mark.parametrize("latent", [False, True], ids=["pixels", "latents"])
+def test_two_processes_are_one_with_every_switch(latent, tmp_path, quick):
     "A14 in float64, timesteps spread, decoding capped and dealt, weights averaged, steps in parts: the same curve and the same weights."
     from in_float64 import float64
 
@@ -225,6 +236,8 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
         "ldm_face_weight": 8.0,
         "lambda3": 0.1,
     }
+    if latent:
+        given |= dict(lpips_net="latent", lpips_views=True, lambda2=0.0, lambda3=0.0)
     with float64():
         one = train(TrainConfig.make(**given))
     two = {**given, "out_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 2}
@@ -238,7 +251,7 @@ def test_two_processes_are_one_with_every_switch(tmp_path, quick):
     assert all(v.dtype == torch.float64 and (v - b[k]).abs().max() < 1e-9 for k, v in a.items()), (
         max((v - b[k]).abs().max() for k, v in a.items())
     )
-    terms = ("ldm", "lpips", "face", "pose")
+    terms = ("ldm", "lpips") if latent else ("ldm", "lpips", "face", "pose")
     for x, y in zip(one.history, curve(tmp_path / "two")):
         assert x["bands"] == y["bands"] and all(
             abs(x[k] - y[k]) < 2e-6

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.dataset import Batch, batch_keys, collate
-from ..files import keyed_generator, lock_folder, read_json, write_json, write_whole
+from masked_ldm.files import (
+    keyed_generator,
+    lock_folder,
+    read_json,
+    set_usual_mode,
+    write_json,
+    write_whole,
+)
 from ..latent_features import LatentFeatures, agreement, vae_sha256
 from ..masked_lpips import MaskedLPIPS, as_a_constant, difference_map, load_lpips, unit
 from ..models import Base, decode_latents, load_base, to_unit_scale
@@ -213,7 +220,8 @@ class DistilSettings:
         return TrainConfig.make(**given, cache_latents=False)
 
 
-_FREE = ("out", "cache_dir", "data_root", "checkpointing_steps", "dataloader_num_workers")
+_PLACES = ("out", "cache_dir", "data_root")
+_FREE = (*_PLACES, "checkpointing_steps", "dataloader_num_workers")  # may be others on going on
 
 # %% ../../nbs/training/15_distillation.ipynb #5337157d
 def _load_latent_base(name: str, device: torch.device) -> tuple[Any, Base | None]:
@@ -409,13 +417,14 @@ class Distillation:
         self.average.copy_to(self.student.parameters())
         card = dict(
             what="a network of latents for masked LPIPS, distilled by masked_ldm",
-            settings=asdict(self.settings),
+            settings={k: v for k, v in asdict(self.settings).items() if k not in _PLACES},
             agreement=self.agreement(),
             losses=self.history[-1],
             data=self.data.train.info["content"],
             provenance=provenance(self.device),
         )
         self.student.save_pretrained(self.out)
+        set_usual_mode(*self.out.glob("*.safetensors"))
         write_json(self.out / "card.json", card)
         return card
 
