@@ -14,8 +14,10 @@ from masked_ldm.latent_features import (
     LatentFeatures,
     PublishedLatentVGG,
     agreement,
+    distances_and_gradients,
     load_latent_features,
     load_published,
+    through_decoder,
     vae_sha256,
 )
 from masked_ldm.masked_lpips import MaskedLPIPS, flip_and_shift
@@ -335,14 +337,13 @@ def test_agreement_of_a_loss_with_itself(base):
 
     pixel_loss = MaskedLPIPS(load_network("perceptual"))
 
-    class Decoded(nn.Module):
-        def forward(self, pred, target, mask):
-            return pixel_loss(base.decode(pred), base.decode(target), mask)
-
-    z = latents(5)
     masks = torch.ones(5, 1, 32, 32)
     masks[0] = 0  # nobody, so it does not count
-    found = agreement(Decoded(), pixel_loss, base.decode, z, latents(6)[:5], masks, at_once=2)
+    pairs = latents(5), latents(6)[:5], masks
+    loss = through_decoder(pixel_loss, base.decode)
+    a, b = (distances_and_gradients(loss, *pairs, at_once=n) for n in (2, 5))
+    assert a[0][0] == 0 and a[1][0].abs().max() == 0
+    found = agreement(a, b)
     assert found["rank"] == pytest.approx(1) and found["cosine"] == pytest.approx(1, abs=1e-4)
 
 

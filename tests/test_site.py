@@ -313,10 +313,13 @@ def parsers():
     from masked_ldm import evaluate, sample, train
     from masked_ldm.data import command as data_command
     from masked_ldm.study import app as study
+    from masked_ldm.training import distillation
 
     ours = {
         f"masked-ldm-{k}": _parser(m.main)
-        for k, m in dict(train=train, eval=evaluate, sample=sample, study=study).items()
+        for k, m in dict(
+            train=train, eval=evaluate, sample=sample, study=study, distill=distillation
+        ).items()
     }
     return ours | {
         "masked-ldm-data": data_command.make_parser(),
@@ -330,8 +333,10 @@ def settings_classes():
     from masked_ldm.evaluate import EvalSettings
     from masked_ldm.sample import SampleSettings
     from masked_ldm.study.app import StudySettings
+    from masked_ldm.training.distillation import DistilSettings
 
     return {
+        "masked-ldm-distill": DistilSettings,
         "masked-ldm-eval": EvalSettings,
         "masked-ldm-sample": SampleSettings,
         "masked-ldm-study": StudySettings,
@@ -344,6 +349,7 @@ def _settings(given, processes=1):
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(config, "_check_data_root", lambda root: None)
+        m.setattr(config, "_check_latent_net", lambda c: None)
         m.setattr(config, "find_spec", lambda name: True)
         c = config.TrainConfig.make(**given)
     assert c.batch_size % (processes * c.gradient_accumulation_steps) == 0, (

@@ -30,7 +30,13 @@ from masked_ldm.files import (
     write_json,
     write_whole,
 )
-from ..latent_features import LatentFeatures, agreement, vae_sha256
+from masked_ldm.latent_features import (
+    LatentFeatures,
+    agreement,
+    distances_and_gradients,
+    through_decoder,
+    vae_sha256,
+)
 from ..masked_lpips import MaskedLPIPS, as_a_constant, difference_map, load_lpips, unit
 from ..models import Base, decode_latents, load_base, to_unit_scale
 from ..one_step import predict_x0
@@ -408,8 +414,11 @@ class Distillation:
                 scheduler: Any = base.scheduler
                 x_t = scheduler.add_noise(latents, noise, t)
                 pred = predict_x0(base.unet(x_t, t, text_emb).sample, x_t, t, scheduler)
-            losses = MaskedLPIPS(self.student), self.pixel_loss
-            found[str(level)] = agreement(*losses, base.decode, pred, latents, batch.mask)
+            pairs = pred, latents, batch.mask
+            found[str(level)] = agreement(
+                distances_and_gradients(MaskedLPIPS(self.student), *pairs),
+                distances_and_gradients(through_decoder(self.pixel_loss, base.decode), *pairs),
+            )
         return found
 
     def finish(self) -> dict[str, Any]:  # card.json
