@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pictures', 'as_uint8', 'clean_resize', 'FeatureExtractor', 'critic_extractor', 'inception_extractor',
            'FeatureStatistics', 'frechet_distance', 'kid_pseudo_values', 'bootstrap_frechet', 'frechet_ci',
-           'reference_features']
+           'frechet_pseudo_values', 'reference_features']
 
 # %% ../../nbs/evaluation/03_fid.ipynb #4b72842b
 import hashlib
@@ -274,6 +274,28 @@ def frechet_ci(
     "The 95% interval of a distance or difference; of a difference it may reach below 0."
     width = 1.96 * widening(n) * float(np.std(draws))
     return (value - width, value + width) if width else (None, None)
+
+# %% ../../nbs/evaluation/03_fid.ipynb #1ff2c2c3
+def frechet_pseudo_values(
+    features: ArrayLike,  # (N,D) of a model
+    reference: FeatureStatistics,
+    prompt_of: ArrayLike | None = None,  # (N,) prompt of each row; None: a row a prompt
+    prompts: int | None = None,  # how many there are; None: up to the last in `prompt_of`
+) -> np.ndarray:  # (prompts,)
+    "One value a prompt, whose mean is the Fréchet distance but for its bias. Raises ValueError for fewer than 4 prompts."
+    rows = np.asarray(features, np.float64)
+    rows_of = np.arange(len(rows)) if prompt_of is None else np.asarray(prompt_of, int)
+    n = prompts or 1 + int(rows_of.max(initial=0))
+    present = np.unique(rows_of)
+    if len(present) < 4:
+        raise ValueError(f"pseudo-values need crops of at least 4 prompts, not of {len(present)}")
+    model = _ByPrompt(rows, reference, rows_of, n)
+    whole = model.distance(np.arange(len(rows)))
+    values = np.full(n, whole)
+    for prompt in present:
+        without = model.distance(np.flatnonzero(rows_of != prompt))
+        values[prompt] = n * whole - (n - 1) * without
+    return values
 
 # %% ../../nbs/evaluation/03_fid.ipynb #5fac1d29
 def reference_features(
