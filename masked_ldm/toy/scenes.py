@@ -707,11 +707,17 @@ def write_world(
     size: int = 64,  # side, pixels
     seed: int = 0,  # of the world
     workers: int = 0,  # processes; 0 draws in this one
+    first: int = 1,  # id of the first training picture
+    people: Sequence[int] = range(1000),  # who lives in the training pictures
 ) -> Path:  # `root`
     """Draw the built-in world as a COCO 2017 root; do nothing if that world is already there.
     Raises ValueError if another one is."""
     root = Path(root)
-    want = dict(version=WORLD_VERSION, n_train=n_train, n_val=n_val, size=size, seed=seed)
+    want: dict[str, Any] = dict(
+        version=WORLD_VERSION, n_train=n_train, n_val=n_val, size=size, seed=seed
+    )
+    if first != 1:
+        want |= dict(first=first, people=[people[0], people[-1]])
     done = root / "world.json"
     if done.is_file():
         have = read_json(done)
@@ -720,7 +726,8 @@ def write_world(
         return root
     info = dict(description="masked_ldm's built-in world", seed=seed, size=size)
     splits = dict(
-        train=(range(1, n_train + 1), range(1000)), val=(range(VAL_ID, VAL_ID + n_val), VAL_PEOPLE)
+        train=(range(first, first + n_train), people),
+        val=(range(VAL_ID, VAL_ID + n_val), VAL_PEOPLE),
     )
     for split, (ids, people) in splits.items():
         folder = root / f"{split}2017"
