@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torchvision.models import vgg16_bn
 
 from .files import read_json, weights_sha256
-from .masked_lpips import MaskedLPIPS
 from .settings import first_line
 
 # %% ../nbs/03c_latent_features.ipynb #226f60e2

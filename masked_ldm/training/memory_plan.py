@@ -220,10 +220,12 @@ def weights_of(*networks: nn.Module, trained: bool = False) -> float:  # GiB
     return sum(p.nbytes for p in weights if p.requires_grad or not trained) / 2**30
 
 # %% ../../nbs/training/10_memory_plan.ipynb #89d49444
-def _latent_network(name: str) -> Any:
-    "A network of latents, by `latent_net`."
+def _latent_network(name: str, base: str) -> Any:
+    "A network of latents, by `latent_net`; for a base without one, as it would be distilled."
     if Path(name).is_file():
         return PublishedLatentVGG()
+    if name == "tiny" and not Path(BASES.get(base, base)).is_dir():
+        return LatentFeatures(teacher="vgg")
     folder = Path(BASES["tiny"]) / "latent" if name == "tiny" else Path(name)
     return LatentFeatures.from_config(read_json(folder / "config.json"))
 
@@ -243,9 +245,9 @@ def _network(name: str) -> Any:
 
 
 @lru_cache
-def _loss(role: str, name: str, per_person: bool, latent_net: str) -> Any:
+def _loss(role: str, name: str, per_person: bool, latent_net: str, base: str) -> Any:
     "A loss, or a judge, without content."
-    network = _latent_network(latent_net) if name == "latent" else _network(name)
+    network = _latent_network(latent_net, base) if name == "latent" else _network(name)
     if role == "pose":
         is_critic = name == "perceptual"
         return without_content(PoseLoss(CriticHeatmaps(network) if is_critic else network))
@@ -256,7 +258,7 @@ def _loss(role: str, name: str, per_person: bool, latent_net: str) -> Any:
 def loss_networks(config: TrainConfig) -> dict[str, Any]:  # {role: network}
     "What a run holds besides its base: the losses, and networks that judge."
     names = {role: name for role, name in network_names(config).items() if name != "decoder"}
-    how = config.per_person, config.latent_net
+    how = config.per_person, config.latent_net, config.base
     return {role: _loss(role, name, *how) for role, name in names.items()}
 
 # %% ../../nbs/training/10_memory_plan.ipynb #d11d0566
