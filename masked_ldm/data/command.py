@@ -46,6 +46,11 @@ from masked_ldm.data.manifest import (
     load_manifest,
     run_face_pass,
 )
+from masked_ldm.data.photographs import (
+    PhotographSettings,
+    build_photographs,
+    holds_photographs,
+)
 from ..files import parse_shard
 from ..models import load_base
 from masked_ldm.settings import (
@@ -112,12 +117,19 @@ def run_build(
     how: ManifestSettings,
     rule: FilterRule,
     face_rule: FaceRule,
+    own: PhotographSettings,
 ) -> None:
     "Filter pictures to those of people, find faces, write manifests: OUT/train/metadata.jsonl, OUT/val/metadata.jsonl."
     out = Path(where.out or Path(line.root) / "people")
     given = vars(how) | vars(rule) | vars(face_rule)
+    build: Callable[..., Path] = build_manifest
+    if holds_photographs(line.root):
+        build, given = build_photographs, given | vars(own)
+    elif own != PhotographSettings():
+        names = ", ".join(f.name for f in fields(own))
+        raise ConfigError(f"{names} are for a folder of photographs, and {line.root} is none")
     for split in line.split:
-        path = build_manifest(line.root, split, out / split, **given)
+        path = build(line.root, split, out / split, **given)
         _, info = load_manifest(path)
         print(f"{path}\n{summarise_manifest(info)}")
     print(f"train on it with: masked-ldm-train --data_root {out}")
@@ -253,6 +265,7 @@ def run_cache(line: Namespace, how: ShareSettings, reading: CacheSettings) -> No
 
 # %% ../../nbs/data/12_command.ipynb #aa5d9f30
 _ROOT = ("root", "COCO 2017 root: annotations/, train2017/, val2017/")
+_PICTURES = ("root", "COCO 2017 root, or a folder of photographs")
 _MANIFEST = ("manifest", "folder with train/ and val/, folder of a manifest, or metadata.jsonl")
 _BOTH, _NO_SPLIT = ("train", "val"), ()
 
@@ -271,7 +284,10 @@ _COMMANDS = {
         run_download, _ROOT, _BOTH, (DownloadSettings, FilterRule), skip=("min_faces",)
     ),
     "build": _Command(
-        run_build, _ROOT, _BOTH, (OutSettings, ManifestSettings, FilterRule, FaceRule)
+        run_build,
+        _PICTURES,
+        _BOTH,
+        (OutSettings, ManifestSettings, FilterRule, FaceRule, PhotographSettings),
     ),
     "faces": _Command(run_faces, _ROOT, _BOTH, (OutSettings, ShareSettings, FilterRule, FaceRule)),
     "inspect": _Command(run_inspect, _MANIFEST, _NO_SPLIT, (InspectSettings,)),
@@ -285,7 +301,7 @@ def make_parser() -> Parser:
     "Make the parser of `masked-ldm-data`."
     parser = Parser(
         prog="masked-ldm-data",
-        description="COCO's people, from an empty folder to checked manifests.",
+        description="COCO's people or your photographs, from a folder to checked manifests.",
         epilog="masked-ldm-data COMMAND --help lists a command's settings.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
