@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['unit', 'difference_map', 'shrink_mask', 'masked_mean', 'mean_per_image', 'mean_inside', 'flip_and_shift',
-           'downloaded_weights', 'load_lpips', 'check_range', 'check_images_match', 'check_latents_match', 'check_mask',
-           'image_numbers', 'as_a_constant', 'MaskedDistance', 'MaskedLPIPS', 'region_mask']
+           'downloaded_weights', 'load_lpips', 'check_range', 'check_images_match', 'check_latents_match',
+           'check_views', 'check_mask', 'image_numbers', 'as_a_constant', 'MaskedDistance', 'MaskedLPIPS',
+           'region_mask']
 
 # %% ../nbs/03_masked_lpips.ipynb #c5d77a5f
 import math
@@ -206,6 +207,13 @@ def check_latents_match(pred: Tensor, target: Tensor | None, channels: int) -> N
         raise ValueError(f"pred and target must both be latents (B,{channels},h,w), not {shapes}")
 
 
+def check_views(views: Tensor, pictures: int) -> None:
+    "Raises ValueError unless there are three numbers from 0 to below 1 for each picture."
+    if views.shape != (pictures, 3) or not ((views >= 0) & (views < 1)).all():
+        shape = tuple(views.shape)
+        raise ValueError(f"views must be ({pictures},3) in [0,1), not {shape}: {views.tolist()}")
+
+
 def check_mask(
     mask: Tensor,  # (K,1,H,W) in [0,1]
     size: tuple[int, ...],  # (H, W) of the pictures
@@ -289,8 +297,10 @@ class MaskedDistance(nn.Module):
         dtype = torch.promote_types(torch.float32, torch.promote_types(pred.dtype, mask.dtype))
         mask = mask.detach().to(dtype)
         if views is not None:
+            check_views(views, len(pred))
+            views = views.cpu()  # they are read as numbers
             pred, target = flip_and_shift(pred, views), flip_and_shift(target, views)
-            mask = flip_and_shift(mask, views[index], self.f)
+            mask = flip_and_shift(mask, views[index.cpu()], self.f)
         return mean_inside(self.maps(pred, target), mask, index)
 
 

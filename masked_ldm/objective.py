@@ -131,7 +131,7 @@ class Truth:
             image_of=image_of,
             boxes=self._rows_of(self.boxes, images)[0],
             latents=None if self.latents is None else self.latents[images],
-            views=None if self.views is None else self.views[images],
+            views=None if self.views is None else self.views[images.to(self.views.device)],
         )
         if self.people is not None and self.joints is not None:
             some.people, kept = self._rows_of(self.people, images)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from masked_ldm.settings import (
+    ConfigError,
     Parser,
     add_settings,
     first_line,
@@ -30,6 +31,7 @@ from accelerate.utils import gather_object
 
 from .data.dataset import Batch
 from .evaluation.one_step_metrics import format_metrics
+from .files import weights_sha256
 from .gradient_check import check_gradients
 from .models import ControlledUNet
 from .objective import Terms
@@ -110,6 +112,9 @@ class Trainer:
             self.networks = load_networks(config, self.device)
             self.data = load_data(config)
         self.base = self.networks.base
+        self.latent_net = None  # hash of the network of latents, if there is one
+        if self.networks.lpips and config.lpips_net == "latent":
+            self.latent_net = weights_sha256(self.networks.lpips)
         self.latent_shape = (4, config.size // self.base.f, config.size // self.base.f)
         if caches_latents(config, len(self.data.train)):
             use_latent_cache(config, self.data.train, self.base, self.accelerator)
@@ -246,6 +251,7 @@ class Trainer:
                     data=content,
                     skipped=self.skipped,
                     balance=self.balance.state(),
+                    latent_net=self.latent_net,
                 ),
                 self.config.checkpoints_total_limit,
                 self.best["step"] if self.best else None,
@@ -260,6 +266,7 @@ class Trainer:
         if path is None:
             say(f"no checkpoint in {self.folder.checkpoints}: starting from the beginning")
         else:
+            self._check_latent_net(path)
             content = self.data.train.info["content"]
             for difference in check_same_run(read_state(path), self.config, content):
                 say(f"going on with {difference}")
@@ -273,6 +280,15 @@ class Trainer:
             self.folder.write_rows(self.log.history)
         if path is not None:
             self._say_where(path)
+
+    def _check_latent_net(self, path: Path) -> None:
+        "Raise ConfigError if the network of latents is not the one that the checkpoint's run had."
+        before = read_state(path).get("latent_net")
+        if before not in (None, self.latent_net) and not self.config.resume_changed:
+            raise ConfigError(
+                f"latent_net {self.config.latent_net} holds another network than when {path.name} "
+                "was saved; resume_changed=True goes on with it"
+            )
 
     def _say_where(self, path: Path) -> None:
         "Say where the run goes on, and set aside what came later."

@@ -22,9 +22,17 @@ from masked_ldm.latent_features import (
 )
 from masked_ldm.masked_lpips import MaskedLPIPS, flip_and_shift
 from masked_ldm.models import BASES, load_base
-from masked_ldm.settings import ConfigError, make_settings
+from masked_ldm.settings import ConfigError, is_user_error, make_settings
+from masked_ldm.toy.networks import random_tapnet
+from masked_ldm.toy.scenes import write_world
 from masked_ldm.training.config import TrainConfig
-from masked_ldm.training.distillation import Distillation, DistilSettings, distil, spoilt
+from masked_ldm.training.distillation import (
+    Distillation,
+    DistilSettings,
+    Teacher,
+    distil,
+    spoilt,
+)
 from masked_ldm.training.networks import load_networks, people_judge
 
 SHIPPED = Path(BASES["tiny"]) / "latent"
@@ -124,9 +132,21 @@ def test_views_move_latents_and_masks_alike(shipped):
     people[0, ..., 44:68, 44:68] = people[2, ..., 44:68, 44:68] = 1
     people[1, ..., 100:124, 100:124] = 1
     index = torch.tensor([0, 0, 1])
-    plain = loss(changed, z, people, index)
-    moved = loss(changed, z, people, index, views=torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.9, 0.1]]))
-    assert torch.allclose(moved, plain, rtol=0.25) and not moved.equal(plain)
+    views = torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.9, 0.1]])
+    moved = loss(changed, z, people, index, views=views)
+    by_hand = loss(
+        flip_and_shift(changed, views),
+        flip_and_shift(z, views),
+        flip_and_shift(people, views[index], cell=4),
+        index,
+    )
+    assert torch.allclose(moved, by_hand) and not moved.equal(loss(changed, z, people, index))
+
+
+@pytest.mark.parametrize("views", [torch.rand(1, 3), torch.rand(2, 2), torch.ones(2, 3)])
+def test_views_that_do_not_fit(shipped, views):
+    with pytest.raises(ValueError, match=r"views must be \(2,3\) in \[0,1\)"):
+        MaskedLPIPS(shipped)(latents(), latents(3)[:2], ONES, views=views)
 
 
 # networks
@@ -148,7 +168,7 @@ def test_a_network_of_another_autoencoder_is_refused(base, tmp_path):
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (
             lambda f: (f / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}'),
-            "holds a UNet2DConditionModel, no network of latents",
+            "holds UNet2DConditionModel, and no network of latents",
         ),
         (
             lambda f: (f / "diffusion_pytorch_model.safetensors").write_bytes(b"no"),
@@ -187,9 +207,18 @@ def published(channels=4):
 def test_the_published_layout(base, tmp_path):
     file = tmp_path / "sd15_latest_vgg16_tuned.pth"
     weights = published()
-    assert {"net.slice1.0.weight", "net.slice5.41.running_mean", "lin4.model.1.weight"} <= set(
-        weights
-    )
+    shapes = {k: tuple(v.shape) for k, v in weights.items()}  # as its authors' file has them
+    known = {
+        "net.slice1.0.weight": (64, 4, 3, 3),
+        "net.slice2.7.weight": (128, 64, 3, 3),
+        "net.slice3.21.running_var": (256,),
+        "net.slice4.24.weight": (512, 256, 3, 3),
+        "net.slice5.41.weight": (512,),
+        "lin0.model.1.weight": (1, 64, 1, 1),
+        "lins.4.model.1.weight": (1, 512, 1, 1),
+    }
+    assert {k: shapes[k] for k in known} == known
+    assert {k.split(".")[0] for k in shapes} == {"net", "lins", *(f"lin{i}" for i in range(5))}
     torch.save(weights, file)
     network = load_published(file, base.vae)
     assert network.f == base.f and not network.training
@@ -231,9 +260,15 @@ def test_code_in_a_published_file_is_not_run(tmp_path):
 
 def test_who_judges_after_a_network_of_latents(tmp_path):
     assert people_judge("latent") == "judge_perceptual"
-    (tmp_path / "config.json").write_text(json.dumps(dict(teacher="alex")))
+    about = dict(_class_name="LatentFeatures", teacher="alex")
+    (tmp_path / "config.json").write_text(json.dumps(about))
     assert people_judge("latent", "sd15", str(tmp_path)) == "vgg"
     assert people_judge("latent", "sd15", "sd15_latest_vgg16_tuned.pth") == "alex"
+    with pytest.raises(FileNotFoundError, match="no network of latents: config.json is not there"):
+        people_judge("latent", "sd15", str(tmp_path / "moved"))
+    (tmp_path / "config.json").write_text(json.dumps(dict(_class_name="LatentFeatures")))
+    with pytest.raises(ValueError, match="does not say which network taught it"):
+        people_judge("latent", "sd15", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +337,9 @@ def test_what_is_in_the_way_of_going_on(tmp_path):
     assert "in use by another process" in other.stderr
     made.loop()
     made.lock.release()
-    with pytest.raises(ConfigError, match=r"was made otherwise \(width\): name another folder"):
+    with pytest.raises(
+        ConfigError, match=r"belongs to other settings \(width\): name another folder"
+    ):
         Distillation(settings(tmp_path, width=16))
     (tmp_path / "out" / "checkpoint.pt").write_bytes(b"no")
     with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
@@ -311,18 +348,96 @@ def test_what_is_in_the_way_of_going_on(tmp_path):
 
 def test_an_autoencoder_alone_will_do(base, tmp_path):
     base.vae.save_pretrained(tmp_path / "vae")
-    card = distil(settings(tmp_path, base=str(tmp_path / "vae")))
+    world = write_world(tmp_path / "world", 8, 4, size=32)
+    card = distil(settings(tmp_path, base=str(tmp_path / "vae"), data_root=str(world)))
     assert card["agreement"] == {}
     load_latent_features(tmp_path / "out", base.vae)
-    with pytest.raises(ValueError, match="holds a LatentFeatures; a base or an AutoencoderKL"):
-        Distillation(settings(tmp_path, base=str(tmp_path / "out"), out=str(tmp_path / "b")))
+    with pytest.raises(ValueError, match="holds LatentFeatures; a base or an AutoencoderKL"):
+        other = dict(base=str(tmp_path / "out"), out=str(tmp_path / "b"))
+        Distillation(settings(tmp_path, **other, data_root=str(world)))
 
 
 def test_a_loss_that_is_not_finite_ends_it(tmp_path):
     made = Distillation(settings(tmp_path))
     made.student.enter.weight.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+    with pytest.raises(FloatingPointError, match="not finite at step 0") as e:
         made.loop()
+    assert is_user_error(e.value)
+
+
+def test_every_size_that_a_run_may_have():
+    "Halves are rounded down by teacher and student alike."
+    teacher = Teacher(MaskedLPIPS(random_tapnet(0)), 8, 88)
+    student = LatentFeatures(4, 8, teacher.taps, width=8, blocks=1)
+    sizes = [m.shape[-1] for m in student(torch.randn(1, 4, 11, 11))]
+    assert [m.shape[-1] for m in teacher(torch.randn(1, 3, 88, 88))] == sizes
+
+
+def test_it_begins_where_its_networks_are(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta is not known
+    loss = MaskedLPIPS(random_tapnet(0)).to("meta")
+    assert all(head.device.type == "meta" for head in Teacher(loss, 4, 64).to("meta").heads)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(base="sd15"), "data_root is needed with base 'sd15'"),
+        (dict(base="sd15", data_root="."), "teacher must be vgg, alex or squeeze with base sd15"),
+    ],
+)
+def test_what_cannot_be_distilled(given, said):
+    with pytest.raises(ConfigError, match=said):
+        make_settings(DistilSettings, given)
+
+
+def test_a_student_is_saved_before_it_is_judged(tmp_path, monkeypatch):
+    made = Distillation(settings(tmp_path))
+    made.loop()
+    monkeypatch.setattr(made, "agreement", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.finish()
+    load_latent_features(tmp_path / "out")
+
+
+def test_another_student_under_the_same_name_is_noticed(base, tmp_path):
+    from masked_ldm.train import train
+
+    def write(seed):
+        torch.manual_seed(seed)
+        own = LatentFeatures(f=4, width=8, blocks=1, teacher="tiny", vae=vae_sha256(base.vae))
+        own.save_pretrained(tmp_path / "own")
+
+    write(0)
+    given = dict(
+        lpips_net="latent",
+        latent_net=str(tmp_path / "own"),
+        lambda2=0.0,
+        val_pictures=0,
+        world_pictures=8,
+        batch_size=2,
+        max_steps=1,
+        sample_steps=1,
+        sample_prompts=["A man."],
+        report_to="none",
+        cache_dir=str(tmp_path / "cache"),
+        out_dir=str(tmp_path / "run"),
+    )
+    train(TrainConfig.make(**given))
+    write(1)
+    with pytest.raises(ConfigError, match="latent_net .* holds another network than"):
+        train(TrainConfig.make(**{**given, "max_steps": 2}, resume="latest"))
+
+
+def test_the_plan_of_a_published_network(tmp_path):
+    from masked_ldm.training.memory_plan import plan
+
+    torch.save(published(), tmp_path / "w.pth")
+    given = dict(T=1000, lambda2=0.0, batch_size=1, val_pictures=0, lpips_net="latent")
+    assert plan(TrainConfig.make(**given, latent_net=str(tmp_path / "w.pth"))).tflop > 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no network of latents"):
+        plan(TrainConfig.make(**given, latent_net=str(tmp_path / "empty")))
 
 
 def test_spoiling_is_a_function_of_its_generator():

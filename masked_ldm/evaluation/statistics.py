@@ -150,10 +150,10 @@ def _mean_squares(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def crossed_test(
     differences: ArrayLike,  # (S,N) of each seed and prompt; a prompt with a NaN is left out
 ) -> dict[str, Any]:  # mean, low, high (95%), p, detectable at 80%, seeds, n; None: nothing to say
-    "Compare two ways of training over seeds and prompts. Raises ValueError for fewer than 2 seeds."
+    "Compare two ways of training over seeds and prompts. Raises ValueError for fewer than 3 seeds."
     table = np.asarray(differences, float)
-    if table.ndim != 2 or len(table) < 2:
-        raise ValueError(f"differences must be (S,N) of 2 seeds or more, not {table.shape}")
+    if table.ndim != 2 or len(table) < 3:
+        raise ValueError(f"differences must be (S,N) of 3 seeds or more, not {table.shape}")
     table = table[:, np.isfinite(table).all(0)]
     seeds, prompts = table.shape
     about = dict(mean=table.mean() if prompts else math.nan, seeds=seeds, n=prompts)
@@ -169,7 +169,7 @@ def crossed_test(
     else:
         df = of_mean**2 / (np.square(parts) / free).sum()
     error = math.sqrt(of_mean / table.size)
-    if not error:
+    if error <= 1e-12 * abs(about["mean"]):  # nothing varied
         return {**_none_for_nan(about), **dict.fromkeys(names), "seeds": seeds, "n": prompts}
     width = stats.t.ppf(0.975, df) * error
     numbers = about | dict(

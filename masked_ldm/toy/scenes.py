@@ -716,7 +716,7 @@ def write_world(
     want: dict[str, Any] = dict(
         version=WORLD_VERSION, n_train=n_train, n_val=n_val, size=size, seed=seed
     )
-    if first != 1:
+    if (first, people) != (1, range(1000)):
         want |= dict(first=first, people=[people[0], people[-1]])
     done = root / "world.json"
     if done.is_file():

@@ -129,14 +129,13 @@ def _check_step(config: "TrainConfig") -> None:
 
 def _check_latent_net(config: "TrainConfig") -> None:
     "Raise ConfigError where the network of lpips_net latent is not there."
-    if config.lpips_net != "latent" or not config.lambda1:
+    if config.lpips_net != "latent" or not (config.lambda1 and config.T):
         return
     if config.latent_net == "tiny":
         if config.base in PRESETS and config.base != "tiny":
             raise ConfigError(
                 f"lpips_net latent needs latent_net with base {config.base}: a folder made by "
-                "masked-ldm-distill, or a file of elatentlpips; lpips_net decoder needs neither, "
-                "and lambda1 0 no network at all"
+                "masked-ldm-distill, or a file of elatentlpips; lpips_net decoder needs neither"
             )
     elif not Path(config.latent_net).exists():
         raise ConfigError(f"latent_net {config.latent_net} is neither tiny nor a folder or file")
@@ -200,7 +199,7 @@ class TrainConfig:
     preset: str = setting(
         "tiny",
         "tiny: built-in world on a CPU; sd15: the paper's settings; "
-        "sd15-12gb: the same in less memory; sd15-fast: nothing decoded, as this project recommends",
+        "sd15-12gb: the same in less memory; sd15-fast: nothing decoded",
         choices=PRESETS,
         may_change=True,
     )
@@ -258,7 +257,7 @@ class TrainConfig:
         "or a file of elatentlpips, whose licence is CC BY-NC 4.0",
     )
     lpips_views: bool = setting(
-        False, "show masked LPIPS both in one random view, mirrored and moved, as E-LatentLPIPS"
+        False, "show masked LPIPS both in one random view, mirrored and moved, after E-LatentLPIPS"
     )
     face_net: str = setting(
         "tiny", "network of the face loss", choices=("tiny", "vggface2", "casia-webface")
@@ -420,6 +419,8 @@ class TrainConfig:
         config = make_settings(cls, {**given, **PRESETS[preset], **own})
         if config.base not in PRESETS and Path(config.base).exists():
             config.base = str(Path(config.base).absolute())  # what is written down holds anywhere
+        if config.latent_net != "tiny" and Path(config.latent_net).exists():
+            config.latent_net = str(Path(config.latent_net).absolute())
         return config
 
     def check(self) -> None:

@@ -27,6 +27,7 @@ from masked_ldm.files import (
     lock_folder,
     read_json,
     set_usual_mode,
+    weights_sha256,
     write_json,
     write_whole,
 )
@@ -38,7 +39,7 @@ from masked_ldm.latent_features import (
     vae_sha256,
 )
 from ..masked_lpips import MaskedLPIPS, as_a_constant, difference_map, load_lpips, unit
-from ..models import Base, decode_latents, load_base, to_unit_scale
+from ..models import BASES, Base, decode_latents, load_base, to_unit_scale
 from ..one_step import predict_x0
 from ..provenance import provenance
 from masked_ldm.settings import (
@@ -62,12 +63,13 @@ def spoilt(
     z: Tensor,  # (B,C,h,w) latents of unit scale
     generator: torch.Generator,  # on the CPU
 ) -> Tensor:  # (B,C,h,w)
-    "Noise latents, smooth them, or mix them with the next one's, in turn, more or less."
+    "Noise latents, smooth them, or mix them with the next one's, at random, more or less."
     strength = torch.rand(len(z), 1, 1, 1, generator=generator).to(z)
     noise = torch.randn(z.shape, generator=generator).to(z)
     smooth = F.interpolate(F.avg_pool2d(z, 2), size=z.shape[-2:], mode="bilinear")
     kinds = [z + strength * noise, z.lerp(smooth, strength), z.lerp(z.roll(1, 0), strength)]
-    return torch.stack([kinds[i % 3][i] for i in range(len(z))])
+    chosen = torch.randint(0, len(kinds), (len(z),), generator=generator).tolist()
+    return torch.stack([kinds[kind][i] for i, kind in enumerate(chosen)])
 
 
 def estimates(
@@ -107,8 +109,9 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.loss, self.f = loss, f
+        weight = next(loss.net.parameters())
         with torch.no_grad():
-            maps = loss.features(torch.zeros(1, 3, size, size))
+            maps = loss.features(torch.zeros(1, 3, size, size, device=weight.device))
         scales = [scale_of(m.shape[-1], size // f) for m in maps]
         self.first = next((i for i, scale in enumerate(scales) if scale <= _FINEST), len(maps))
         if self.first == len(maps):
@@ -117,14 +120,20 @@ class Teacher(nn.Module):
         heads = getattr(loss.net, "heads", None) or [
             torch.ones(n) / len(maps) for n, _ in self.taps
         ]
-        self.heads = [head.detach().clone() for head in heads][-len(self.taps) :]
+        for i, head in enumerate(heads[-len(self.taps) :]):
+            self.register_buffer(f"head_{i}", head.detach().clone())
+
+    @property
+    def heads(self) -> list[Tensor]:
+        "Weights of the channels, of each tap."
+        return [getattr(self, f"head_{i}") for i in range(len(self.taps))]
 
     def forward(
         self,
         pictures: Tensor,  # (B,3,H,W) RGB in [-1,1]
     ) -> list[Tensor]:  # (B,n,h,w) of each tap, of the size of the student's
         maps = self.loss.features(pictures)[self.first :]
-        sides = [round(pictures.shape[-1] // self.f * scale) for _, scale in self.taps]
+        sides = [int(pictures.shape[-1] // self.f * scale) for _, scale in self.taps]
         return [
             m if m.shape[-1] == side else F.interpolate(m, size=side, mode="bilinear")
             for m, side in zip(maps, sides, strict=True)
@@ -198,9 +207,9 @@ class DistilSettings:
     min_area: float = setting(0.0, "share of a picture that people cover", least=0, below=1)
     world_pictures: int = setting(3000, "pictures of the built-in world", least=1, most=10**6)
     val_pictures: int = setting(48, "on which agreement is measured; 0: not", least=0, most=10**6)
-    width: int = setting(96, "channels of the student", least=8, most=4096)
+    width: int = setting(64, "channels of the student", least=8, most=4096)
     blocks: int = setting(6, "residual blocks of the student", least=1, most=100)
-    max_steps: int = setting(800, "optimiser steps", least=1, most=_MANY)
+    max_steps: int = setting(1000, "optimiser steps", least=1, most=_MANY)
     batch_size: int = setting(8, "pairs a step, half of them estimates", least=2, most=10**6)
     learning_rate: float = setting(2e-3, "of AdamW at its highest", above=0, most=1)
     distance_weight: float = setting(0.1, "of the distance, where maps have 1", least=0, most=1000)
@@ -218,6 +227,16 @@ class DistilSettings:
         "Raise ConfigError for values that cannot be."
         check_settings(self)
         check_size(self.size)
+        if self.base != "tiny" and self.data_root is None:
+            raise ConfigError(
+                f"data_root is needed with base {self.base!r}: a COCO 2017 root or a folder of "
+                "manifests; the drawings of the built-in world are for its own base"
+            )
+        if self.base in BASES and self.base != "tiny" and self.teacher == "tiny":
+            raise ConfigError(
+                f"teacher must be vgg, alex or squeeze with base {self.base}, not tiny, which knows "
+                "drawings alone"
+            )
 
     def data(self) -> TrainConfig:
         "Settings of a run that reads these pictures. Raises ConfigError."
@@ -226,11 +245,11 @@ class DistilSettings:
         return TrainConfig.make(**given, cache_latents=False)
 
 
-_PLACES = ("out", "cache_dir", "data_root")
-_FREE = (*_PLACES, "checkpointing_steps", "dataloader_num_workers")  # may be others on going on
+_PLACES = ("out", "cache_dir", "data_root", "base")
+_MAY_CHANGE = (*_PLACES, "checkpointing_steps", "dataloader_num_workers", "val_pictures")
 
-# %% ../../nbs/training/15_distillation.ipynb #5337157d
-def _load_latent_base(name: str, device: torch.device) -> tuple[Any, Base | None]:
+# %% ../../nbs/training/15_distillation.ipynb #aa188cdc
+def _load_vae(name: str, device: torch.device) -> tuple[Any, Base | None]:
     "An autoencoder, and the base that it belongs to; None where there is nothing but a VAE."
     about = Path(name) / "config.json"
     if not about.is_file():
@@ -238,9 +257,15 @@ def _load_latent_base(name: str, device: torch.device) -> tuple[Any, Base | None
         return base.vae, base
     kind = read_json(about).get("_class_name")
     if kind != "AutoencoderKL":
-        raise ValueError(f"base {name} holds a {kind}; a base or an AutoencoderKL is needed")
+        raise ValueError(f"base {name} holds {kind}; a base or an AutoencoderKL is needed")
     vae = AutoencoderKL.from_pretrained(name, use_safetensors=True)
     return vae.to(device).eval().requires_grad_(False), None
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    "Distances and gradients of all parts."
+    distances, gradients = zip(*parts, strict=True)
+    return torch.cat(distances), torch.cat(gradients)
 
 
 class Distillation:
@@ -249,9 +274,8 @@ class Distillation:
     def __init__(self, settings: DistilSettings):
         self.settings = settings
         self.out = Path(settings.out)
-        self.lock = lock_folder(self.out, "folder")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.vae, self.base = _load_latent_base(settings.base, self.device)
+        self.vae, self.base = _load_vae(settings.base, self.device)
         if settings.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
         self.f = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -281,7 +305,12 @@ class Distillation:
         self.average = EMAModel(self.student.parameters(), decay=settings.ema_decay)
         self.step_done = 0
         self.history: list[dict[str, float]] = []
-        self._resume()
+        self.lock = lock_folder(self.out, "folder")
+        try:
+            self._resume()
+        except Exception:
+            self.lock.release()
+            raise
 
     @property
     def checkpoint_file(self) -> Path:
@@ -290,8 +319,10 @@ class Distillation:
 
     def key(self) -> dict[str, Any]:
         "What must be the same for a checkpoint to be gone on from."
-        own = {k: v for k, v in asdict(self.settings).items() if k not in _FREE}
-        return own | dict(vae=self.student.config["vae"], data=self.data.train.info["content"])
+        own = {k: v for k, v in asdict(self.settings).items() if k not in _MAY_CHANGE}
+        unet = weights_sha256(self.base.unet) if self.base else None
+        networks = dict(vae=self.student.config["vae"], unet=unet)
+        return own | networks | dict(data=self.data.train.info["content"])
 
     def _resume(self) -> None:
         "Go on from a checkpoint, if there is one. Raises ValueError for one of another making."
@@ -306,7 +337,7 @@ class Distillation:
             ) from None
         if differs:
             raise ConfigError(
-                f"{self.checkpoint_file} was made otherwise ({', '.join(differs)}): "
+                f"{self.checkpoint_file} belongs to other settings ({', '.join(differs)}): "
                 "name another folder with --out, or remove it to begin anew"
             )
         self.student.load_state_dict(saved["student"])
@@ -327,6 +358,10 @@ class Distillation:
         with write_whole(self.checkpoint_file) as temporary:
             torch.save(saved, temporary)
 
+    def _autocast(self) -> torch.autocast:
+        bf16 = self.settings.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
     def pairs(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:  # spoilt, target: (B,C,h,w)
         "Encode pictures, and spoil them."
         generator = keyed_generator("distil", self.settings.seed, step)
@@ -346,10 +381,7 @@ class Distillation:
         rate = min(1.0, (self.step_done + 1) / 30)
         rate *= 0.5 * (1 + math.cos(math.pi * self.step_done / s.max_steps))
         self.optimizer.param_groups[0]["lr"] = s.learning_rate * rate
-        autocast = partial(
-            torch.autocast, self.device.type, torch.bfloat16, enabled=s.mixed_precision == "bf16"
-        )
-        with autocast(), as_a_constant(self.pixel_loss.net):
+        with self._autocast(), as_a_constant(self.pixel_loss.net):
             pred, target = self.pairs(batch, self.step_done)
             losses = distillation_losses(
                 self.student,
@@ -367,8 +399,8 @@ class Distillation:
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         if not norm.isfinite():
             raise FloatingPointError(
-                f"loss or gradient of the student is not finite at step {self.step_done}; "
-                f"the last good weights are in {self.checkpoint_file}: lower learning_rate"
+                f"loss or gradient of the student is not finite at step {self.step_done}: lower "
+                f"learning_rate; what {self.out} holds of earlier steps stays"
             )
         self.optimizer.step()
         self.average.step(self.student.parameters())
@@ -390,50 +422,61 @@ class Distillation:
         for batch in progress(loader, "distilling"):
             losses = self.step(batch.to(self.device))
             recent.append([value.item() for value in vars(losses).values()])
-            if self.step_done % 20 == 0 or self.step_done == s.max_steps:
+            is_last = self.step_done == s.max_steps
+            is_saved = is_last or self.step_done % s.checkpointing_steps == 0
+            if is_saved or self.step_done % 20 == 0:
                 means = torch.tensor(recent).mean(0).tolist()
                 self.history.append(dict(step=self.step_done, **dict(zip(vars(losses), means))))
                 recent = []
-            if self.step_done % s.checkpointing_steps == 0 or self.step_done == s.max_steps:
+            if is_saved:
                 self.checkpoint()
 
     def agreement(self, levels: Sequence[int] = (50, 200, 400, 600, 800)) -> dict[str, Any]:
-        "Compare the averaged student's loss with its teacher's on held-out pictures, by level of t."
+        "Compare the student's loss with its teacher's on held-out pictures, by level of t."
         if not self.data.val or self.base is None:
             return {}
         base, val = self.base, self.data.val
-        batch = collate([val[i] for i in range(min(len(val), self.settings.val_pictures))])
-        batch = batch.to(self.device)
-        latents = base.encode(batch.pixels)
-        text_emb, found = base.embed(batch.captions), {}
-        generator = keyed_generator("agreement", self.settings.seed)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        for level in levels:
-            t = torch.full((len(latents),), level, device=self.device)
-            with torch.no_grad():
-                scheduler: Any = base.scheduler
-                x_t = scheduler.add_noise(latents, noise, t)
-                pred = predict_x0(base.unet(x_t, t, text_emb).sample, x_t, t, scheduler)
-            pairs = pred, latents, batch.mask
-            found[str(level)] = agreement(
-                distances_and_gradients(MaskedLPIPS(self.student), *pairs),
-                distances_and_gradients(through_decoder(self.pixel_loss, base.decode), *pairs),
-            )
-        return found
+        scheduler: Any = base.scheduler
+        by_student = MaskedLPIPS(self.student)
+        by_teacher = through_decoder(self.pixel_loss, base.decode)
+        found: dict[int, list[list[tuple[Tensor, Tensor]]]] = {level: [] for level in levels}
+        order = list(range(min(len(val), self.settings.val_pictures)))
+        few = self.settings.batch_size
+        for part in (order[k : k + few] for k in range(0, len(order), few)):
+            batch = collate([val[i] for i in part]).to(self.device)
+            generator = keyed_generator("agreement", self.settings.seed, part[0])
+            with self._autocast():
+                latents = base.encode(batch.pixels)
+                text_emb = base.embed(batch.captions)
+                noise = torch.randn(latents.shape, generator=generator).to(latents)
+                for level, pairs_of in found.items():
+                    t = torch.full((len(latents),), level, device=self.device)
+                    with torch.no_grad():
+                        x_t = scheduler.add_noise(latents, noise, t)
+                        output = base.unet(x_t, t, text_emb).sample.float()
+                        pred = predict_x0(output, x_t, t, scheduler)
+                    pairs = pred, latents, batch.mask
+                    each = [distances_and_gradients(f, *pairs, 1) for f in (by_student, by_teacher)]
+                    pairs_of.append(each)
+        return {
+            str(level): agreement(_joined([a for a, _ in parts]), _joined([b for _, b in parts]))
+            for level, parts in found.items()
+        }
 
     def finish(self) -> dict[str, Any]:  # card.json
-        "Save the averaged student with a card that says how it was made and how well it agrees."
+        "Save the averaged student, and a card that says how it was made and how well it agrees."
         self.average.copy_to(self.student.parameters())
+        self.student.save_pretrained(self.out)
+        set_usual_mode(*self.out.glob("*.safetensors"))
         card = dict(
             what="a network of latents for masked LPIPS, distilled by masked_ldm",
             settings={k: v for k, v in asdict(self.settings).items() if k not in _PLACES},
-            agreement=self.agreement(),
             losses=self.history[-1],
+            vae=self.student.config["vae"],
+            agreement=self.agreement(),
             data=self.data.train.info["content"],
             provenance=provenance(self.device),
         )
-        self.student.save_pretrained(self.out)
-        set_usual_mode(*self.out.glob("*.safetensors"))
         write_json(self.out / "card.json", card)
         return card
 

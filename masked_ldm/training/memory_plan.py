@@ -43,7 +43,7 @@ from ..data.dataset import Batch
 from ..decoder_features import DecoderLPIPS
 from ..face_loss import FaceLoss
 from ..files import read_json
-from ..latent_features import LatentFeatures, PublishedLatentVGG
+from ..latent_features import LatentFeatures, PublishedLatentVGG, read_latent_config
 from ..masked_lpips import MaskedLPIPS
 from ..models import BASES, Base, ControlledUNet, make_branch
 from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
@@ -223,11 +223,13 @@ def weights_of(*networks: nn.Module, trained: bool = False) -> float:  # GiB
 def _latent_network(name: str, base: str) -> Any:
     "A network of latents, by `latent_net`; for a base without one, as it would be distilled."
     if Path(name).is_file():
-        return PublishedLatentVGG()
+        vae = empty_base(base).vae
+        channels = vae.config.latent_channels
+        return PublishedLatentVGG(channels, 2 ** (len(vae.config.block_out_channels) - 1))
     if name == "tiny" and not Path(BASES.get(base, base)).is_dir():
         return LatentFeatures(teacher="vgg")
     folder = Path(BASES["tiny"]) / "latent" if name == "tiny" else Path(name)
-    return LatentFeatures.from_config(read_json(folder / "config.json"))
+    return LatentFeatures.from_config(read_latent_config(folder))
 
 
 def _network(name: str) -> Any:

@@ -14,12 +14,12 @@ from typing import Any
 
 from ..decoder_features import DecoderLPIPS
 from ..face_loss import FaceLoss
-from ..files import read_json
 from masked_ldm.latent_features import (
     LatentFeatures,
     PublishedLatentVGG,
     load_latent_features,
     load_published,
+    read_latent_config,
 )
 from ..masked_lpips import MaskedLPIPS
 from ..models import BASES, Base, load_base
@@ -41,15 +41,22 @@ def people_judge(
     base: str = "tiny",  # its base
     latent_net: str = "tiny",  # its network of latents
 ) -> str:  # name of a network
-    "Who may judge people, given what trained: on latents, its teacher or anybody of its world."
+    """Who may judge people, given what trained: on latents, its teacher or anybody of its world.
+    Raises FileNotFoundError or ValueError where a network of latents does not say who taught it."""
     teacher = lpips_net
     if lpips_net == "decoder":
         teacher = "tiny" if base == "tiny" else "vgg"
-    if lpips_net == "latent":
-        about = Path(latent_net) / "config.json"
-        teacher = "tiny" if latent_net == "tiny" else "vgg"
-        if about.is_file():
-            teacher = read_json(about).get("teacher", teacher)
+    if lpips_net == "latent" and latent_net == "tiny":
+        teacher = "tiny"
+    elif lpips_net == "latent" and Path(latent_net).suffix == ".pth":
+        teacher = "vgg"  # E-LatentLPIPS'
+    elif lpips_net == "latent":
+        teacher = read_latent_config(latent_net).get("teacher", "")
+    if teacher not in _PEOPLE_JUDGES:
+        raise ValueError(
+            f"latent_net {latent_net} does not say which network taught it, so that no judge is "
+            "known: val_pictures=0 does without"
+        )
     return _PEOPLE_JUDGES[teacher]
 
 

@@ -44,12 +44,15 @@ class StepDraw:
 
     def to(self, device: torch.device | str) -> "StepDraw":
         "Put it on another device."
-        optional = (self.sample_weights, self.decode_weights, self.views)
+        weights = (self.sample_weights, self.decode_weights)
+        sample_weights, decode_weights = (w if w is None else w.to(device) for w in weights)
         return StepDraw(
             self.noise.to(device),
             self.posterior_noise.to(device),
             self.t.to(device),
-            *(v if v is None else v.to(device) for v in optional),
+            sample_weights,
+            decode_weights,
+            self.views,  # which are read as numbers
         )
 
 
