@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASES', 'to_unit_scale', 'from_unit_scale', 'decode_latents', 'Base', 'check_base', 'load_base', 'set_precision',
-           'own_precision', 'make_branch', 'load_branch', 'ControlledUNet']
+           'own_precision', 'make_branch', 'load_branch', 'load_unet', 'ControlledUNet']
 
 # %% ../nbs/00_models.ipynb #55c6e1c3
 import shlex
@@ -402,6 +402,21 @@ def load_branch(
         )
     branch = _load_network(ControlNetModel, folder, f"branch folder {path}", dtype)
     return _skip_hint(branch.to(device))
+
+
+def load_unet(
+    path: str | Path,  # folder written by `unet.save_pretrained`
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,  # of the weights
+) -> UNet2DConditionModel:
+    "Load a UNet alone. Raises FileNotFoundError or ValueError for what is missing or wrong."
+    folder = Path(path)
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"UNet folder {path} needs config.json and safetensors weights, "
+            "as written by a run into its unet/ folder"
+        )
+    return _load_network(UNet2DConditionModel, folder, f"UNet folder {path}", dtype).to(device)
 
 # %% ../nbs/00_models.ipynb #90535383
 class ControlledUNet(nn.Module):

@@ -33,7 +33,6 @@ from masked_ldm.models import (
     Base,
     ControlledUNet,
     load_base,
-    load_branch,
     own_precision,
     set_precision,
 )
@@ -53,6 +52,7 @@ from masked_ldm.settings import (
 from .training.checkpoint import save_branch
 from .training.config import TrainConfig, check_size
 from .training.memory_plan import OutOfMemory, is_out_of_memory
+from .training.trainable import WEIGHTS, Branch, Trainable, load_trainable
 from .viz import image_grid, progress
 
 # %% ../nbs/07_sample.ipynb #53d7d4cb
@@ -100,7 +100,8 @@ def _fetch_run(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "controlnet/*"]))
+        trained = [f"{kind}/*" for kind in WEIGHTS]  # the run has one of them
+        return Path(snapshot_download(name, allow_patterns=["config.json", *trained]))
     except Exception as e:
         raise FileNotFoundError(
             f"{name}/config.json is missing: no run folder is there, and no run of this name"
@@ -129,38 +130,33 @@ def _run_base(run: Run, device: str | torch.device, dtype: torch.dtype | None = 
     return base
 
 
-def _run_branch(run: Run, base: Base, dtype: torch.dtype = torch.float32) -> Any:
-    "Load a run's branch, beside its base."
-    folder = run.folder / "controlnet"
-    branch = load_branch(folder, base.device, dtype).eval()
-    for name in ("in_channels", "block_out_channels", "cross_attention_dim"):
-        own, needed = branch.config[name], base.unet.config[name]
-        if str(own) != str(needed):
-            raise ValueError(
-                f"branch {folder} is not of base {base.path}: {name} is {own}, not {needed}"
-            )
-    return branch
+def _run_trainable(run: Run, base: Base, dtype: torch.dtype = torch.float32) -> Trainable:
+    "Load what a run trained, beside its base."
+    return load_trainable(run.config.get("trainable", "controlnet"), run.folder, base, dtype)
 
 
 class MaskedLDMPipeline(StableDiffusionPipeline):
-    "A `StableDiffusionPipeline` whose UNet carries a hint-free branch."
+    "A `StableDiffusionPipeline` whose UNet carries a hint-free branch, or what else was trained."
 
     size: int | None = None  # of its pictures, pixels; None: what the UNet was trained for
+    trained: Trainable | None = None  # None: the base alone
+    base_unet: Any = None
 
     @classmethod
     def from_parts(
         cls,
         base: Base,
-        branch: ControlNetModel | None = None,  # None: the base alone
-        strength: float = 1.0,  # of the branch
+        branch: ControlNetModel | Trainable | None = None,  # None: the base alone
+        strength: float = 1.0,  # of the branch, or of the LoRA
         size: int | None = None,  # of its pictures, pixels; None: what the UNet was trained for
     ) -> "MaskedLDMPipeline":
-        "Make a pipeline of loaded parts."
+        "Make a pipeline of loaded parts. Raises ValueError for a strength that cannot be."
+        trained = Branch(base, branch) if isinstance(branch, ControlNetModel) else branch
         pipeline = cls(
             vae=base.vae,
             text_encoder=base.text_encoder,
             tokenizer=base.tokenizer,
-            unet=base.unet if branch is None else ControlledUNet(base.unet, branch, strength),
+            unet=trained.unet(strength=strength) if trained else base.unet,
             scheduler=DDIMScheduler.from_config(base.scheduler.config, set_alpha_to_one=False),
             safety_checker=None,
             feature_extractor=None,
@@ -169,27 +165,29 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
         pipeline.register_to_config(_name_or_path=base.path)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.size = size
+        pipeline.trained = trained
+        pipeline.base_unet = base.unet
         return pipeline
 
     @classmethod
     def from_run(
         cls,
         path: str | Path,  # run folder, or Hub id of one
-        strength: float = 1.0,  # of the branch
+        strength: float = 1.0,  # of the branch, or of the LoRA
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,  # of the weights; None: as the run had them
     ) -> "MaskedLDMPipeline":
         "Load the pipeline of a finished run. Raises FileNotFoundError that names what is missing."
         run = open_run(path)
         base = _run_base(run, device, dtype)
-        branch = _run_branch(run, base, dtype or torch.float32)
-        return cls.from_parts(base, branch, strength, run.config.get("size"))
+        trained = _run_trainable(run, base, dtype or torch.float32)
+        return cls.from_parts(base, trained, strength, run.config.get("size"))
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,  # run folder, base folder, "tiny" or "sd15", or Hub id of either
-        strength: float = 1.0,  # of the branch, if there is one
+        strength: float = 1.0,  # of the branch or LoRA, if there is one
         device: str | torch.device = "cpu",
         torch_dtype: torch.dtype | None = None,  # of the weights; None: as the run had them
     ) -> "MaskedLDMPipeline":
@@ -208,11 +206,12 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
         self,
         path: str | Path,  # folder
     ) -> None:
-        "Write what `from_run` reads. Raises ValueError where there is no branch."
-        if not isinstance(self.unet, ControlledUNet):
+        "Write what `from_run` reads. Raises ValueError where nothing was trained."
+        if self.trained is None:
             raise ValueError("this pipeline is the base alone: there is no branch to save")
-        save_branch(self.unet.branch, Path(path) / "controlnet")
-        config = {"base": self.name_or_path} | ({"size": self.size} if self.size else {})
+        save_branch(self.trained, Path(path) / self.trained.kind)
+        config = {"base": self.name_or_path, "trainable": self.trained.kind}
+        config |= {"size": self.size} if self.size else {}
         write_json(Path(path) / "config.json", config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -224,18 +223,25 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
     @property
     def base(self) -> Base:
         "The base's parts, shared with this pipeline."
-        unet = self.unet.unet if isinstance(self.unet, ControlledUNet) else self.unet
-        parts = self.vae, unet, self.text_encoder, self.tokenizer, self.scheduler
+        parts = (
+            self.vae,
+            self.base_unet or self.unet,
+            self.text_encoder,
+            self.tokenizer,
+            self.scheduler,
+        )
         return Base(*parts, path=self.name_or_path)
 
     @property
-    def strength(self) -> float:  # 0 without a branch
-        "Factor on the branch's output."
-        return getattr(self.unet, "strength", 0.0)
+    def strength(self) -> float:  # 0: the base alone
+        "Factor on what was trained."
+        return getattr(self.unet, "strength", 1.0 if self.trained else 0.0)
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self.unet.strength = value
+        if self.trained is None:
+            raise ValueError("this pipeline is the base alone: there is nothing to scale")
+        self.trained.set_strength(self.unet, value)
 
 # %% ../nbs/07_sample.ipynb #da34a366
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {  # name: class, its settings
@@ -463,17 +469,17 @@ def _run_names(runs: Sequence[Run]) -> list[str]:
 
 def load_models(
     runs: Mapping[str, Run],  # from `open_runs`
-    strength: float = 1.0,  # of the branches
+    strength: float = 1.0,  # of branches and LoRAs
     device: str | torch.device | None = None,  # None: a GPU if there is one
 ) -> dict[str, MaskedLDMPipeline]:  # "base", and each run
-    "Load the base once, in the first run's precision, and a branch for each run. Raises FileNotFoundError, or ValueError for damaged weights."
+    "Load the base once, in the first run's precision, and what each run trained. Raises FileNotFoundError, or ValueError for damaged weights."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(runs.values()))
     base, size = _run_base(first, device), first.config.get("size")
     models = {"base": MaskedLDMPipeline.from_parts(base, size=size)}
     for name, run in runs.items():
-        branch = _run_branch(run, base)
-        models[name] = MaskedLDMPipeline.from_parts(base, branch, strength, size)
+        trained = _run_trainable(run, base)
+        models[name] = MaskedLDMPipeline.from_parts(base, trained, strength, size)
     return models
 
 # %% ../nbs/07_sample.ipynb #d3d6e3fd
@@ -489,7 +495,7 @@ class SampleSettings:
     )
     sample_scheduler: str | None = setting(None, "sampler; else the run's", choices=SCHEDULERS)
     size: int | None = setting(None, "side in pixels; else the run's", least=32, most=4096)
-    strength: float = setting(1.0, "of the branch; 0 is the base alone", least=-10, most=10)
+    strength: float = setting(1.0, "of the branch or LoRA; 0 is the base alone", least=-10, most=10)
     out: str = setting("grid.png", "picture to write: .png, .jpg or .webp")
 
     def check(self) -> None:

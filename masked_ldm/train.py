@@ -33,7 +33,6 @@ from .data.dataset import Batch
 from .evaluation.one_step_metrics import format_metrics
 from .files import weights_sha256
 from .gradient_check import check_gradients
-from .models import ControlledUNet
 from .objective import Terms
 from .provenance import provenance
 from .training import hub
@@ -58,7 +57,7 @@ from .training.evaluator import Evaluator, validation_scores
 from .training.logging import PartLosses, RunLog, check_tracker
 from .training.memory_plan import OutOfMemory, advice, announced, is_out_of_memory
 from .training.networks import load_networks
-from .training.optimizer import TrainedBranch, compiled
+from .training.optimizer import Trained, compiled
 from masked_ldm.training.processes import (
     join_processes,
     make_accelerator,
@@ -119,8 +118,8 @@ class Trainer:
         if caches_latents(config, len(self.data.train)):
             use_latent_cache(config, self.data.train, self.base, self.accelerator)
 
-        self.trained = TrainedBranch(config, self.base, self.accelerator)
-        self.model = compiled(config, ControlledUNet(self.base.unet, self.trained.wrapped))
+        self.trained = Trained(config, self.base, self.accelerator)
+        self.model = compiled(config, self.trained.trainable.unet(self.trained.wrapped))
         self.objective = make_objective(config, self.networks)
         self.balance = Balance(config, self.trained.weights)
         self.log = RunLog(config, self.folder, self.accelerator)
@@ -155,15 +154,15 @@ class Trainer:
             self.step_done if step is None else step,
         )
 
-    def preflight(self) -> dict[str, float]:  # {term: gradient norm at the branch}
-        "Check on pictures with faces, at t = T/2, that each term reaches the branch. Raises DeadTerm."
+    def preflight(self) -> dict[str, float]:  # {term: gradient norm at the trained weights}
+        "Check on pictures with faces, at t = T/2, that each term reaches what is trained. Raises DeadTerm."
         c = self.config
         pictures = min(2, self.pictures_at_once)  # each is checked by itself
         face = self.objective.terms["face"].loss
         batch = preflight_batch(face, self.data.train, pictures).to(self.device)
         noise, posterior_noise, _ = sample_noise(c.seed, -1, range(len(batch)), self.latent_shape)
         draw = StepDraw(noise, posterior_noise, torch.full((len(batch),), c.T // 2))
-        model = ControlledUNet(self.base.unet, self.trained.branch)
+        model = self.trained.trainable.unet()
         terms = self.losses(batch, draw, model, c.lambda_warmup_steps)
         expected = ["ldm"] if not c.T or sum(terms.lambdas.values()) < 1 else []
         for name, weight in terms.lambdas.items():
@@ -244,7 +243,7 @@ class Trainer:
             save_checkpoint(
                 self.folder.checkpoints,
                 self.step_done,
-                self.trained.branch,
+                self.trained.trainable,
                 self.trained.optimizer.optimizer,
                 dict(
                     config=asdict(self.config),
@@ -270,7 +269,8 @@ class Trainer:
             content = self.data.train.info["content"]
             for difference in check_same_run(read_state(path), self.config, content):
                 say(f"going on with {difference}")
-            state = load_checkpoint(path, trained.branch, trained.optimizer.optimizer, trained.ema)
+            of_run = trained.trainable, trained.optimizer.optimizer, trained.ema
+            state = load_checkpoint(path, *of_run)
             self.step_done = state["step"]
             self.skipped = state.get("skipped", 0)
             self.balance.load_state(state.get("balance", {}))
@@ -419,12 +419,12 @@ class Trainer:
         )
 
     def finish(self) -> dict[str, Any] | None:  # paired one-step metrics; None: not judged
-        "Save the branch, judge it, write the model card, upload."
+        "Save what was trained, judge it, write the model card, upload."
         self.accelerator.wait_for_everyone()
         metrics = None
         if self.is_main:
-            with self.trained.averaged() as branch:  # before anything can go wrong
-                save_branch(branch, self.folder.controlnet)
+            with self.trained.averaged() as trainable:  # before anything can go wrong
+                save_branch(trainable, self.folder.path / trainable.kind)
             judged_at, metrics = self._judged
             if judged_at != self.step_done:
                 metrics = self.evaluator.judge()
@@ -465,13 +465,13 @@ class RunResult:
     path: Path  # its folder
     config: TrainConfig
     history: list[dict[str, Any]]  # rows of metrics.jsonl
-    norms: dict[str, float]  # gradient norm of each term at the branch, before the first step
-    metrics: dict[str, Any] | None  # paired one-step metrics of base and branch
+    norms: dict[str, float]  # gradient norm of each term at what is trained, before the first step
+    metrics: dict[str, Any] | None  # paired one-step metrics of base and run
     grids: list[Path]  # sample grids
 
 
 def train(config: TrainConfig) -> RunResult:
-    "Train a branch. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
+    "Train a branch, a LoRA or the UNet. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
     config.check()
     path = on_main(lambda: choose_run_folder(config))
     try:
@@ -480,7 +480,8 @@ def train(config: TrainConfig) -> RunResult:
         if config.resume:
             run.resume()
         listed = ", ".join(f"{name} {norm:.2e}" for name, norm in norms.items())
-        run.accelerator.print(f"gradient norm at the branch: {listed}")
+        called = run.trained.trainable.called
+        run.accelerator.print(f"gradient norm at the {called}: {listed}")
         run.write_run_info()
         run.draw_grid()
         run.loop()
@@ -505,7 +506,7 @@ def _train_and_tell(given: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:  # None: sys.argv
-    "Train a branch; every setting of `TrainConfig` is a flag."
+    "Train a branch, a LoRA or the UNet; every setting of `TrainConfig` is a flag."
     parser = Parser(prog="masked-ldm-train", description=main.__doc__)
     add_settings(parser, TrainConfig)
     given = settings_given(TrainConfig, parser.parse_args(argv))

@@ -118,7 +118,8 @@ def test_a_run_on_the_hub(tmp_path, monkeypatch):
         lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(there),
     )
     pipe = MaskedLDMPipeline.from_run("somebody/ours", strength=0.5)
-    assert pipe.strength == 0.5 and asked == [("somebody/ours", ["config.json", "controlnet/*"])]
+    wanted = ["config.json", "controlnet/*", "lora/*", "unet/*"]  # a run has one of the three
+    assert pipe.strength == 0.5 and asked == [("somebody/ours", wanted)]
     assert MaskedLDMPipeline.from_pretrained("somebody/ours").strength == 1
     assert list(open_runs(["somebody/ours"])) == ["ours"]
 

@@ -14,6 +14,7 @@ from readme import readme
 PAPERMILL = [
     "05_train",
     "06_evaluate",
+    "training/16_trainable",
     "experiments/build_base",
     "experiments/base_quality",
     "experiments/metrics_validation",

@@ -38,7 +38,7 @@ def paper_row(
     "The row of the paper's Table 1 that a model corresponds to."
     if config is None:
         return "Stable Diffusion"
-    if "T" not in config:
+    if "T" not in config or config.get("trainable", "controlnet") != "controlnet":
         return None
     if not config["T"] or not (config["lambda1"] or config["lambda2"]):
         return "baseline ControlNet"

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..files import file_sha256, read_json, set_usual_mode, write_json
 from .config import ConfigError, TrainConfig, resume_differences
+from .trainable import WEIGHTS
 
 # %% ../../nbs/training/08_checkpoint.ipynb #5b92d889
 def _flat(state: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -90,11 +91,16 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _kind(branch: Any) -> str:
+    "What is trained, and the name of its folder; a branch need not say so."
+    return getattr(branch, "kind", "controlnet")
+
+
 def save_branch(
-    branch: Any,  # `ControlNetModel`
+    branch: Any,  # `ControlNetModel`, or a `Trainable`
     folder: Path,
 ) -> None:
-    "Write a branch, whole or not at all. Raises OSError that names it."
+    "Write a branch, or what else is trained, whole or not at all. Raises OSError that names it."
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:
         branch.save_pretrained(temporary)
@@ -108,12 +114,12 @@ def save_branch(
 
 def _write_files(
     folder: Path,
-    branch: Any,  # `ControlNetModel`
+    branch: Any,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     ema: EMAModel | None,
 ) -> None:
-    save_branch(branch, folder / "controlnet")
+    save_branch(branch, folder / _kind(branch))
     tensors, groups = _flat_state(optimizer)
     save_file(tensors, folder / "optimizer.safetensors")
     if ema:
@@ -132,7 +138,7 @@ def _write_files(
 def save_checkpoint(
     folder: str | Path,  # of a run's checkpoints
     step: int,  # finished steps
-    branch: Any,  # `ControlNetModel`
+    branch: Any,  # `ControlNetModel`, or a `Trainable`
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],  # anything JSON: configuration, counters
     keep: int = 2,  # newest checkpoints that stay
@@ -159,8 +165,14 @@ def save_checkpoint(
     return final
 
 # %% ../../nbs/training/08_checkpoint.ipynb #20cfde16
-_WEIGHTS = "controlnet/diffusion_pytorch_model.safetensors"
-_NEEDED = {"state.json", "optimizer.safetensors", "controlnet/config.json", _WEIGHTS}
+def _needed(
+    names: Iterable[str],  # of a checkpoint's files
+) -> set[str]:
+    "What a checkpoint cannot do without, by the folder that says what was trained."
+    folders = {name.split("/")[0] for name in names}
+    kind = next((kind for kind in WEIGHTS if kind in folders), "controlnet")
+    needed = {"state.json", "optimizer.safetensors", f"{kind}/{WEIGHTS[kind]}"}
+    return needed if kind == "lora" else needed | {f"{kind}/config.json"}
 
 
 def verify(
@@ -172,7 +184,7 @@ def verify(
     if not index.is_file():
         raise FileNotFoundError(f"{path} is no complete checkpoint: sha256.json is missing")
     hashes = {name.replace("\\", "/"): sha256 for name, sha256 in read_json(index).items()}
-    for name in sorted(hashes.keys() | _NEEDED):
+    for name in sorted(hashes.keys() | _needed(hashes)):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name} is missing")
         if file_sha256(path / name) != hashes.get(name):
@@ -231,7 +243,7 @@ def read_state(
 
 def load_checkpoint(
     path: str | Path,  # of a checkpoint folder
-    branch: Any,  # `ControlNetModel` to fill
+    branch: Any,  # `ControlNetModel` or `Trainable` to fill
     optimizer: torch.optim.Optimizer,  # to fill
     ema: EMAModel | None = None,  # to fill
 ) -> dict[str, Any]:  # the saved state, with `step`
@@ -239,12 +251,16 @@ def load_checkpoint(
     verify(path)
     path = Path(path)
     state = read_state(path)
-    weights = _read_tensors(path / _WEIGHTS)
+    file = path / _kind(branch) / WEIGHTS[_kind(branch)]
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: the run trained something else")
+    weights = _read_tensors(file)
     moments = _read_tensors(path / "optimizer.safetensors")
     try:
         branch.load_state_dict(weights)
     except RuntimeError:  # it lists every weight
-        raise ValueError(f"{path / _WEIGHTS} are weights of another base's branch") from None
+        called = getattr(branch, "called", "branch")
+        raise ValueError(f"{file} are weights of another base's {called}") from None
     _load_flat_state(optimizer, moments, state.pop("groups"))
     if ema:
         average = path / "ema.safetensors"

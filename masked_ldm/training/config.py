@@ -141,6 +141,15 @@ def _check_latent_net(config: "TrainConfig") -> None:
         raise ConfigError(f"latent_net {config.latent_net} is neither tiny nor a folder or file")
 
 
+def _check_trainable(config: "TrainConfig") -> None:
+    "Raise ConfigError where settings of a LoRA are given and no LoRA is trained."
+    given = [name for name in ("lora_rank", "lora_alpha") if getattr(config, name) is not None]
+    if given and config.trainable != "lora":
+        raise ConfigError(
+            f"{given[0]} {getattr(config, given[0]):g} needs trainable lora, not {config.trainable}"
+        )
+
+
 def _check_needs(config: "TrainConfig") -> None:
     "Raise ConfigError for a switch without what it needs."
     if config.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.hub_model_id or ""):
@@ -221,8 +230,8 @@ class TrainConfig:
     lambda_warmup_steps: int = setting(0, "steps over which the lambdas rise from 0", least=0)
     balance: float = setting(
         0.0,
-        "ratio of the perceptual to the diffusion gradient at the branch to which all lambdas are "
-        "scaled; 0: fixed lambdas, as in the paper",
+        "ratio of the perceptual to the diffusion gradient at the trained weights to which all "
+        "lambdas are scaled; 0: fixed lambdas, as in the paper",
         least=0,
         most=100,
     )
@@ -263,6 +272,17 @@ class TrainConfig:
         "tiny", "network of the face loss", choices=("tiny", "vggface2", "casia-webface")
     )
     pose_net: str = setting("tiny", "network of the pose loss", choices=("tiny", "vitpose-base"))
+    # what is trained
+    trainable: str = setting(
+        "controlnet",
+        "what is trained: a branch beside the UNet as in the paper, an adapter of low rank in its "
+        "attention, or the whole UNet",
+        choices=("controlnet", "lora", "unet"),
+    )
+    lora_rank: int | None = setting(None, "of trainable lora; 16 if not given", least=1, most=1024)
+    lora_alpha: float | None = setting(
+        None, "its update is scaled by lora_alpha / lora_rank; lora_rank if not given", above=0
+    )
     # the data
     data_root: str | None = setting(
         None,
@@ -392,7 +412,7 @@ class TrainConfig:
         may_change=True,
     )
     use_ema: bool = setting(
-        False, "average the weights; samples, judgement and the saved branch use the average"
+        False, "average the weights; samples, judgement and what is saved use the average"
     )
     ema_decay: float = setting(
         0.999,
@@ -406,7 +426,7 @@ class TrainConfig:
         choices=("tensorboard", "wandb", "trackio", "none"),
         may_change=True,
     )
-    push_to_hub: bool = setting(False, "upload the finished branch and its card", may_change=True)
+    push_to_hub: bool = setting(False, "upload the finished run and its card", may_change=True)
     hub_model_id: str | None = setting(None, "where to: user/name", may_change=True)
 
     @classmethod
@@ -428,6 +448,7 @@ class TrainConfig:
         check_settings(self)
         _check_loss(self)
         _check_step(self)
+        _check_trainable(self)
         _check_needs(self)
         if self.data_root is not None:
             _check_data_root(Path(self.data_root))

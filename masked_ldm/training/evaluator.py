@@ -13,23 +13,23 @@ from typing import Any
 
 from ..data.dataset import PersonDataset
 from ..evaluation.one_step_metrics import one_step_metrics
-from ..models import ControlledUNet
 from ..sample import PROMPTS, MaskedLDMPipeline, sample
 from .config import TrainConfig
 from .networks import Networks
-from .optimizer import TrainedBranch
+from .optimizer import Trained
+from .trainable import Trainable
 from ..viz import image_grid
 
 # %% ../../nbs/training/13_evaluator.ipynb #fdb3aa5e
 class Evaluator:
-    "Draws with the branch and judges it, beside the base."
+    "Draws with what is trained and judges it, beside the base."
 
     def __init__(
         self,
         config: TrainConfig,
         networks: Networks,
         val_set: PersonDataset | None,  # None: nothing is judged
-        trained: TrainedBranch,
+        trained: Trained,
         autocast: Callable[[], AbstractContextManager[Any]],
     ):
         self.config = config
@@ -42,14 +42,14 @@ class Evaluator:
         self.base_scores: Any = None
 
     def judge(self) -> dict[str, Any] | None:  # None where nothing is judged
-        "Measure the branch against the base on held-out pictures."
+        "Measure what is trained against the base on held-out pictures."
         networks = self.networks
         if not (self.val_set and networks.judge_people and networks.judge_faces):
             return None
-        with self.autocast(), self.trained.averaged() as branch:
+        with self.autocast(), self.trained.averaged() as trainable:
             metrics, self.base_scores, _ = one_step_metrics(
                 networks.base,
-                ControlledUNet(networks.base.unet, branch),
+                trainable.unet(),
                 self.val_set,
                 networks.judge_people,
                 networks.judge_faces,
@@ -60,9 +60,9 @@ class Evaluator:
             )
         return metrics
 
-    def _draw(self, branch: Any) -> Any:  # None: the base alone
+    def _draw(self, trainable: Trainable | None) -> Any:  # None: the base alone
         c = self.config
-        pipeline = MaskedLDMPipeline.from_parts(self.networks.base, branch)
+        pipeline = MaskedLDMPipeline.from_parts(self.networks.base, trainable)
         with self.autocast():
             return sample(
                 pipeline,
@@ -77,11 +77,11 @@ class Evaluator:
         self,
         path: Path,  # of the picture
     ) -> Path:
-        "Draw base above, branch below. Raises OSError that names the file."
+        "Draw base above, what is trained below. Raises OSError that names the file."
         if self.base_pictures is None:
             self.base_pictures = self._draw(None)
-        with self.trained.averaged() as branch:
-            pictures = self._draw(branch)
+        with self.trained.averaged() as trainable:
+            pictures = self._draw(trainable)
         enlarged = 2 if self.config.size <= 128 else 1
         rows = [self.base_pictures, pictures]
         try:

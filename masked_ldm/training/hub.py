@@ -13,6 +13,7 @@ from typing import Any
 
 from ..models import BASES
 from .config import TrainConfig, changed
+from .trainable import RANK, WEIGHTS
 
 # %% ../../nbs/training/14_hub.ipynb #cd84e458
 _PATHS = ("base", "data_root")
@@ -37,9 +38,9 @@ _CARD = """---
 base_model: {hub_base}
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [controlnet, masked-ldm]
+tags: [{tag}, masked-ldm]
 ---
-# A hint-free ControlNet branch for {base}
+# {title} {base}
 
 Trained by masked_ldm (variant {variant}) with person-masked LPIPS (weight {lambda1}), a face loss (weight {lambda2}) and the diffusion loss,
 on the decoded one-step estimate for t < {T} ("Improving Latent Diffusion with Perceptual Mask-Aware Loss"), {steps} steps of {batch_size} pictures{averaged}.
@@ -47,7 +48,7 @@ on the decoded one-step estimate for t < {T} ("Improving Latent Diffusion with P
     from masked_ldm.sample import MaskedLDMPipeline
     pipe = MaskedLDMPipeline.from_run("{name}")
 
-`controlnet/` opens in any ControlNet pipeline with any picture as hint; the hint has no effect. Made by
+{opens}. Made by
 
     {command}
 
@@ -56,6 +57,24 @@ pictures, negative is better:
 
 {table}
 """
+
+
+_SAID = {  # what was trained: the card's title, and what opens it
+    "controlnet": (
+        "A hint-free ControlNet branch for",
+        "`controlnet/` opens in any ControlNet pipeline with any picture as hint; "
+        "the hint has no effect",
+    ),
+    "lora": (
+        "A LoRA of rank {rank} for",
+        "`lora/pytorch_lora_weights.safetensors` opens by `load_lora_weights` of diffusers, "
+        "`lora/kohya.safetensors` in ComfyUI and A1111",
+    ),
+    "unet": (
+        "A whole UNet that began as that of",
+        "`unet/` opens by `UNet2DConditionModel.from_pretrained` and takes the place of the base's",
+    ),
+}
 
 
 def model_card(
@@ -67,13 +86,17 @@ def model_card(
     made: dict[str, Any],  # from `provenance`
     decay: float | None = None,  # of the average at the last step
 ) -> str:  # Markdown with the Hub's header
-    "Write the card of a trained branch."
+    "Write the card of a run."
+    title, opens = _SAID[config.trainable]
     is_alias = config.base in BASES and config.base != "tiny"
     averaged = ""
     if decay is not None:
         averaged = f", weights averaged with a decay that rose to {decay:.4g}"
     return _CARD.format(
         **asdict(config) | dict(base=_public(config.base)),
+        tag=config.trainable,
+        title=title.format(rank=config.lora_rank or RANK),
+        opens=opens,
         hub_base=BASES["sd15"] if is_alias else _public(config.base),
         name=name,
         steps=steps,
@@ -96,7 +119,8 @@ def push_to_hub(
 
     api = HfApi()
     api.create_repo(repo_id, exist_ok=True)
-    files = ["controlnet/*", "README.md", "config.json", "metrics.json", "samples/*"]
+    trained = [f"{kind}/*" for kind in WEIGHTS]  # the run has one of them
+    files = [*trained, "README.md", "config.json", "metrics.json", "samples/*"]
     uploaded = api.upload_folder(
         repo_id=repo_id,
         folder_path=str(path),

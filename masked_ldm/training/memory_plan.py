@@ -45,13 +45,14 @@ from ..face_loss import FaceLoss
 from ..files import read_json
 from ..latent_features import LatentFeatures, PublishedLatentVGG, read_latent_config
 from ..masked_lpips import MaskedLPIPS
-from ..models import BASES, Base, ControlledUNet, make_branch
+from ..models import BASES, Base
 from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
 from .config import TrainConfig, training_pictures
 from .data import caches_latents
 from .networks import Networks, load_network, network_names
 from .optimizer import prepare_networks
 from .step import StepDraw, make_objective, training_losses
+from .trainable import make_trainable
 
 # %% ../../nbs/training/10_memory_plan.ipynb #22f66101
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -215,8 +216,8 @@ def empty_base(
 
 
 def weights_of(*networks: nn.Module, trained: bool = False) -> float:  # GiB
-    "What networks' weights take, or those alone that are trained."
-    weights = [p for network in networks for p in network.parameters()]
+    "What networks' weights take, or those alone that are trained; what is shared counts once."
+    weights = {id(p): p for network in networks for p in network.parameters()}.values()
     return sum(p.nbytes for p in weights if p.requires_grad or not trained) / 2**30
 
 # %% ../../nbs/training/10_memory_plan.ipynb #89d49444
@@ -312,7 +313,7 @@ def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
 # %% ../../nbs/training/10_memory_plan.ipynb #610c8e93
 _OF_A_STEP = (  # the settings that a step's cost depends on
     *("base", "size", "lpips_net", "face_net", "lambda1", "lambda2", "variant", "per_person"),
-    *("x0_steps", "lambda3", "pose_net", "latent_net"),
+    *("x0_steps", "lambda3", "pose_net", "latent_net", "trainable", "lora_rank"),
     *("mixed_precision", "gradient_checkpointing", "decode_batch", "channels_last"),
 )
 
@@ -329,23 +330,26 @@ def _step(
     config = replace(TrainConfig(), **dict(zip(_OF_A_STEP, settings, strict=True)))
     base = empty_base(config.base)
     with torch.device("meta"):
-        branch = make_branch(base.unet, base.f)
-    prepare_networks(config, base, branch, torch.device("cuda"))
-    for network in (base.vae, base.unet, base.text_encoder, branch):
+        trainable = make_trainable(config, base)
+    trained = trainable.network
+    prepare_networks(config, base, trained, torch.device("cuda"))
+    networks = (base.vae, base.unet, base.text_encoder, trained)
+    held = dict(weights=weights_of(*networks), trained=weights_of(trained, trained=True))
+    for network in networks:
         without_content(network)
     losses = loss_networks(config)
     people = losses.get("lpips")
     if config.lpips_net == "decoder" and config.lambda1:
         people = DecoderLPIPS(base.vae, per_person=config.per_person)
-    networks = Networks(base, people, losses.get("face"), None, None, losses.get("pose"))
-    objective = make_objective(replace(config, T=1000 if decoded else 0), networks)
-    model = ControlledUNet(base.unet, branch)
+    of_losses = Networks(base, people, losses.get("face"), None, None, losses.get("pose"))
+    objective = make_objective(replace(config, T=1000 if decoded else 0), of_losses)
+    model = trainable.unet()
     batch = _batch(base, config, pictures, cached)
     draw = _draw(base, config.size, pictures, decoded)
     bf16 = config.mixed_precision == "bf16"
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
     if gradients:
-        for weight in branch.parameters():
+        for weight in trained.parameters():
             weight.grad = _like(weight) if weight.requires_grad else None
 
     def forward_and_backward() -> None:
@@ -354,10 +358,6 @@ def _step(
 
     with _norms_in_float32(bf16):  # also in the backward pass, where blocks may be run again
         counted = cost(forward_and_backward)
-    held = dict(
-        weights=weights_of(base.vae, base.unet, base.text_encoder, branch),
-        trained=weights_of(branch, trained=True),
-    )
     return counted, held
 
 # %% ../../nbs/training/10_memory_plan.ipynb #d0350273

@@ -20,6 +20,7 @@ from filelock import BaseFileLock
 from ..files import lock_folder, read_json, write_json, write_text
 from .checkpoint import find_checkpoint
 from .config import ConfigError, TrainConfig
+from .trainable import WEIGHTS
 
 # %% ../../nbs/training/09_run_folder.ipynb #b0a98fd3
 _LOCKS: dict[Path, BaseFileLock] = {}  # of this process
@@ -37,7 +38,7 @@ class RunFolder:
 
     def signs(self) -> list[str]:
         "List what only a run leaves behind."
-        names = ("config.json", "metrics.jsonl", "metrics.json", "controlnet")
+        names = ("config.json", "metrics.jsonl", "metrics.json", *WEIGHTS)
         saved = sorted(p.name for p in self.checkpoints.glob("*step_*"))
         return [name for name in names if (self.path / name).exists()] + saved
 

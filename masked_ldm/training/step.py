@@ -157,7 +157,7 @@ def _in_several_steps(
     x0_hat: Tensor,  # (B,4,h,w) in one step
     rows: Tensor,  # (D,) samples whose perceptual terms count
     steps: int,
-    model: Any,  # `ControlledUNet`
+    model: Any,  # `ControlledUNet`, or a UNet
     noisy: Tensor,  # (B,4,h,w)
     t: Tensor,  # (B,)
     text_emb: Tensor,  # (B,77,D)
@@ -167,7 +167,10 @@ def _in_several_steps(
     if steps == 1 or not len(rows):
         return x0_hat
     # not through DDP, whose forward may not run again in a backward pass; gradients meet all the same
-    unwrapped = ControlledUNet(model.unet, extract_model_from_parallel(model.branch))
+    if hasattr(model, "branch"):
+        unwrapped = ControlledUNet(model.unet, extract_model_from_parallel(model.branch))
+    else:
+        unwrapped = extract_model_from_parallel(model)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         return unwrapped(x, t, text_emb[rows]).sample.float()
@@ -178,7 +181,7 @@ def _in_several_steps(
 
 def training_losses(
     base: Base,
-    model: nn.Module,  # `ControlledUNet`
+    model: nn.Module,  # `ControlledUNet`, or a UNet
     objective: MaskAwareObjective,
     batch: Batch,
     draw: StepDraw,  # on the batch's device
