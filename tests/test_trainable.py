@@ -138,6 +138,7 @@ def test_a_saved_pipeline_is_read_again(finished, kind, tmp_path):
 @each_kind
 def test_commands_draw_and_judge(finished, kind, tmp_path, monkeypatch):
     from masked_ldm import evaluate, sample
+    from masked_ldm.evaluation.report import paper_row
 
     run = finished(kind).path
     code, text = in_process(sample.main, run, "--sample_steps", 1, "--out", tmp_path / "grid.png")
@@ -154,7 +155,8 @@ def test_commands_draw_and_judge(finished, kind, tmp_path, monkeypatch):
     assert report["runs"]["run"]["trainable"] == kind
     assert report["one_step"]["run minus base"]["noise"] and len(report["weights"]) == 2
     assert report["weights"]["base"] != report["weights"]["run"]
-    assert (report["paper_rows"]["run"] is None) == (kind != "controlnet")  # its rows are branches
+    of_the_paper = paper_row(dict(T=100, lambda1=0.1, lambda2=0.5, trainable=kind))
+    assert (of_the_paper is None) == (kind != "controlnet")  # its rows are branches
 
 
 def test_runs_of_each_kind_stand_beside_one_base(finished):
