@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .masked_lpips import MaskedDistance, as_a_constant, difference_map, unit
-from .models import from_unit_scale
+from .models import from_unit_scale, latent_factor
 
 # %% ../nbs/03b_decoder_features.ipynb #3c37c694
 def decoder_features(
@@ -85,7 +85,7 @@ class DecoderLPIPS(MaskedDistance):
         _check_depths(vae, depths, outliers)
         self._vae = (vae,)  # in a tuple it does not become a part of this module
         self.channels = vae.config.latent_channels
-        self.f = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.f = latent_factor(vae)
         self.depths = tuple(depths)
         self.per_person = per_person
         self.outliers = outliers

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg16_bn
 
 from .files import json_sha256, read_json, weights_sha256
+from .models import latent_factor
 from .settings import first_line
 
 # %% ../nbs/03c_latent_features.ipynb #226f60e2
@@ -196,7 +197,7 @@ def load_published(
             f"latent_net {path} is no file of elatentlpips 0.2: {first_line(e)}"
         ) from None
     if vae is not None:
-        network.f = 2 ** (len(vae.config.block_out_channels) - 1)
+        network.f = latent_factor(vae)
     if vae is not None and network.channels != vae.config.latent_channels:
         raise ValueError(
             f"latent_net {path} is for latents of {network.channels} channels, and this base has "

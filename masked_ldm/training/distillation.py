@@ -39,7 +39,7 @@ from masked_ldm.latent_features import (
     vae_sha256,
 )
 from ..masked_lpips import MaskedLPIPS, as_a_constant, difference_map, load_lpips, unit
-from ..models import BASES, Base, decode_latents, load_base, to_unit_scale
+from ..models import BASES, Base, decode_latents, latent_factor, load_base, to_unit_scale
 from ..one_step import predict_x0
 from ..provenance import provenance
 from masked_ldm.settings import (
@@ -278,7 +278,7 @@ class Distillation:
         self.vae, self.base = _load_vae(settings.base, self.device)
         if settings.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
-        self.f = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.f = latent_factor(self.vae)
         network = (
             load_network("perceptual")
             if settings.teacher == "tiny"

@@ -45,7 +45,7 @@ from ..face_loss import FaceLoss
 from ..files import read_json
 from ..latent_features import LatentFeatures, PublishedLatentVGG, read_latent_config
 from ..masked_lpips import MaskedLPIPS
-from ..models import BASES, Base
+from ..models import BASES, Base, latent_factor
 from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
 from .config import TrainConfig, training_pictures
 from .data import caches_latents
@@ -226,7 +226,7 @@ def _latent_network(name: str, base: str) -> Any:
     if Path(name).is_file():
         vae = empty_base(base).vae
         channels = vae.config.latent_channels
-        return PublishedLatentVGG(channels, 2 ** (len(vae.config.block_out_channels) - 1))
+        return PublishedLatentVGG(channels, latent_factor(vae))
     if name == "tiny" and not Path(BASES.get(base, base)).is_dir():
         return LatentFeatures(teacher="vgg")
     folder = Path(BASES["tiny"]) / "latent" if name == "tiny" else Path(name)
