@@ -20,18 +20,23 @@ import torch
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 
 from .data.images import ImageError, check_image
+from .families import STABLE_DIFFUSION, STABLE_DIFFUSION_3, STABLE_DIFFUSION_XL, Family
 from .files import keyed_generator, read_json, weights_sha256, write_json, write_whole
 from masked_ldm.models import (
     BASES,
     Base,
     ControlledUNet,
+    as_base,
     load_base,
     own_precision,
     set_precision,
@@ -135,10 +140,11 @@ def _run_trainable(run: Run, base: Base, dtype: torch.dtype = torch.float32) -> 
     return load_trainable(run.config.get("trainable", "controlnet"), run.folder, base, dtype)
 
 
-class MaskedLDMPipeline(StableDiffusionPipeline):
-    "A `StableDiffusionPipeline` whose UNet carries a hint-free branch, or what else was trained."
+class MaskedLDMPipeline(DiffusionPipeline):
+    "diffusers' own pipeline of a base, whose network carries a hint-free branch or what else was trained."
 
-    size: int | None = None  # of its pictures, pixels; None: what the UNet was trained for
+    family: Family  # of the base
+    size: int | None = None  # of its pictures, pixels; None: what the network was trained for
     trained: Trainable | None = None  # None: the base alone
     base_unet: Any = None
 
@@ -146,22 +152,27 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
     def from_parts(
         cls,
         base: Base,
-        branch: ControlNetModel | Trainable | None = None,  # None: the base alone
+        branch: Any = None,  # `ControlNetModel` or `Trainable`; None: the base alone
         strength: float = 1.0,  # of the branch, or of the LoRA
         size: int | None = None,  # of its pictures, pixels; None: what the UNet was trained for
     ) -> "MaskedLDMPipeline":
         "Make a pipeline of loaded parts. Raises ValueError for a strength that cannot be."
         trained = Branch(base, branch) if isinstance(branch, ControlNetModel) else branch
-        pipeline = cls(
+        kind, without = _KINDS[base.family.called]
+        scheduler = base.scheduler
+        if not base.family.is_flow:
+            scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
+        network = trained.unet(strength=strength) if trained else base.unet
+        pipeline = kind(
             vae=base.vae,
             text_encoder=base.text_encoder,
             tokenizer=base.tokenizer,
-            unet=trained.unet(strength=strength) if trained else base.unet,
-            scheduler=DDIMScheduler.from_config(base.scheduler.config, set_alpha_to_one=False),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            scheduler=scheduler,
+            **{base.family.network: network},
+            **base.more,
+            **without,
         )
+        pipeline.family = base.family
         pipeline.register_to_config(_name_or_path=base.path)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.size = size
@@ -215,33 +226,53 @@ class MaskedLDMPipeline(StableDiffusionPipeline):
         write_json(Path(path) / "config.json", config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        "Draw, as a `StableDiffusionPipeline` does, pictures of the pipeline's size."
+        "Draw, as the base's own pipeline does, pictures of the pipeline's size."
         side = dict(height=self.size, width=self.size) if self.size else {}
         with own_precision(self):
-            return super().__call__(*args, **{**side, **kwargs})
+            return super().__call__(*args, **{**side, **kwargs})  # type: ignore[misc]  # a subclass has one
+
+    @property
+    def denoiser(self) -> Any:
+        "The network that predicts, with what was trained."
+        return getattr(self, self.family.network)
 
     @property
     def base(self) -> Base:
         "The base's parts, shared with this pipeline."
-        parts = (
-            self.vae,
-            self.base_unet or self.unet,
-            self.text_encoder,
-            self.tokenizer,
-            self.scheduler,
-        )
-        return Base(*parts, path=self.name_or_path)
+        parts = {part: getattr(self, part) for part in self.family.parts}
+        parts[self.family.network] = self.base_unet or self.denoiser
+        return as_base(self.family, parts, self.name_or_path)
 
     @property
     def strength(self) -> float:  # 0: the base alone
         "Factor on what was trained."
-        return getattr(self.unet, "strength", 1.0 if self.trained else 0.0)
+        return getattr(self.denoiser, "strength", 1.0 if self.trained else 0.0)
 
     @strength.setter
     def strength(self, value: float) -> None:
         if self.trained is None:
             raise ValueError("this pipeline is the base alone: there is nothing to scale")
-        self.trained.set_strength(self.unet, value)
+        self.trained.set_strength(self.denoiser, value)
+
+
+class _StableDiffusion(MaskedLDMPipeline, StableDiffusionPipeline):
+    "Of Stable Diffusion 1.x and 2.x."
+
+
+class _StableDiffusionXL(MaskedLDMPipeline, StableDiffusionXLPipeline):
+    "Of Stable Diffusion XL."
+
+
+class _StableDiffusion3(MaskedLDMPipeline, StableDiffusion3Pipeline):
+    "Of Stable Diffusion 3."
+
+
+_NO_CHECKER = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+_KINDS: dict[str, tuple[Any, dict[str, Any]]] = {  # family: class, parts that are left out
+    STABLE_DIFFUSION.called: (_StableDiffusion, _NO_CHECKER),
+    STABLE_DIFFUSION_XL.called: (_StableDiffusionXL, {}),
+    STABLE_DIFFUSION_3.called: (_StableDiffusion3, dict(text_encoder_3=None, tokenizer_3=None)),
+}
 
 # %% ../nbs/07_sample.ipynb #da34a366
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {  # name: class, its settings
@@ -251,10 +282,31 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {  # name: class, its settin
 }
 
 
-def side_of(pipeline: StableDiffusionPipeline, size: int | None = None) -> int:
-    "Side of the pictures: as asked for, else the pipeline's own, else what its UNet was trained for."
+def _network(pipeline: Any) -> Any:
+    "A pipeline's UNet or transformer."
+    return getattr(pipeline, "transformer", None) or pipeline.unet
+
+
+def _scheduler(name: str, usual: Any) -> Any:
+    "A sampler by name, with the schedule of a pipeline's own. Raises ValueError."
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler {name!r} is not one of {', '.join(SCHEDULERS)}")
+    kind, settings = SCHEDULERS[name]
+    if "FlowMatch" in type(usual).__name__:
+        if kind is DDIMScheduler:
+            raise ValueError(f"scheduler {name} draws from a diffusion, not from a flow")
+        flow = dict(use_flow_sigmas=True, flow_shift=usual.config.shift)
+        settings = settings | flow | dict(prediction_type="flow_prediction")
+    return kind.from_config(usual.config, **settings)
+
+
+def side_of(
+    pipeline: Any,  # a `MaskedLDMPipeline`, or any other
+    size: int | None = None,
+) -> int:  # pixels
+    "Side of the pictures: as asked for, else the pipeline's own, else what its network was trained for."
     own = getattr(pipeline, "size", None)
-    return size or own or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return size or own or _network(pipeline).config.sample_size * pipeline.vae_scale_factor
 
 
 def pictures_at_once(
@@ -284,7 +336,7 @@ def by_parts(
 
 @torch.no_grad()
 def sample(
-    pipeline: StableDiffusionPipeline,  # a `MaskedLDMPipeline`, or any other
+    pipeline: Any,  # a `MaskedLDMPipeline`, or any other
     prompts: Sequence[str],
     seed: int = 0,  # picture i starts from noise (seed, i), whatever the model
     steps: int = 50,  # of the sampler
@@ -294,12 +346,11 @@ def sample(
     first: int = 0,  # number of the first prompt, for its noise
 ) -> list[Image.Image]:
     "Draw pictures for prompts, as the paper does unless told otherwise. Raises ValueError for settings that cannot be."
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler {scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+    usual, asked = pipeline.scheduler, _scheduler(scheduler, pipeline.scheduler)
     side = side_of(pipeline, size)
     check_size(side)
     latent_side = side // pipeline.vae_scale_factor
-    shape = (1, pipeline.unet.config.in_channels, latent_side, latent_side)
+    shape = (1, _network(pipeline).config.in_channels, latent_side, latent_side)
 
     def draw(part: slice) -> list[Image.Image]:
         generators = [keyed_generator(seed, first + i) for i in range(part.start, part.stop)]
@@ -314,9 +365,7 @@ def sample(
             )  # latents stay in float32, whatever the networks compute in
         return drawn.images
 
-    usual = pipeline.scheduler
-    kind, settings = SCHEDULERS[scheduler]
-    pipeline.scheduler = kind.from_config(usual.config, **settings)
+    pipeline.scheduler = asked
     try:
         return by_parts(draw, len(prompts), pictures_at_once(side))
     finally:
@@ -332,7 +381,7 @@ PROMPTS = (
 
 # %% ../nbs/07_sample.ipynb #a99a472a
 def compare_grid(
-    models: Mapping[str, StableDiffusionPipeline],  # by the name of the row
+    models: Mapping[str, Any],  # pipelines by the name of the row
     prompts: Sequence[str] = PROMPTS,  # one column each
     seed: int = 0,  # of the noise, shared by the rows
     **sampler: Any,  # for `sample`
@@ -343,7 +392,7 @@ def compare_grid(
     return image_grid(rows, list(models), prompts, scale)
 
 # %% ../nbs/07_sample.ipynb #90ebf310
-def _fingerprints(models: Mapping[str, StableDiffusionPipeline]) -> dict[str, str]:
+def _fingerprints(models: Mapping[str, Any]) -> dict[str, str]:
     "What each model's pictures depend on: its weights, and the branch's strength."
     known: dict[int, str] = {}
 
@@ -354,15 +403,17 @@ def _fingerprints(models: Mapping[str, StableDiffusionPipeline]) -> dict[str, st
 
     prints = {}
     for name, pipeline in models.items():
-        unet = pipeline.unet
+        unet = _network(pipeline)
         parts = [unet.unet, unet.branch] if isinstance(unet, ControlledUNet) else [unet]
-        weights = "-".join(map(hashed, (*parts, pipeline.vae, pipeline.text_encoder)))
+        second = getattr(pipeline, "text_encoder_2", None)
+        parts += [pipeline.vae, pipeline.text_encoder, *([second] if second else [])]
+        weights = "-".join(map(hashed, parts))
         prints[name] = f"{weights}*{getattr(unet, 'strength', 0):g}"
     return prints
 
 
 def picture_set(
-    models: Mapping[str, StableDiffusionPipeline],  # by name
+    models: Mapping[str, Any],  # pipelines by name
     prompts: Sequence[str],
     folder: str | Path,  # where the set goes
     seed: int = 0,  # of the noise, shared by the models

@@ -33,6 +33,7 @@ from .data.dataset import Batch
 from .evaluation.one_step_metrics import format_metrics
 from .files import weights_sha256
 from .gradient_check import check_gradients
+from .models import known_family
 from .objective import Terms
 from .provenance import provenance
 from .training import hub
@@ -73,6 +74,7 @@ from masked_ldm.training.stopping import (
     stop_requests,
 )
 from .training.timesteps import sample_assignment, sample_noise, step_timesteps
+from .training.trainable import check_family
 from .viz import progress
 
 # %% ../nbs/05_train.ipynb #5b25a090
@@ -114,7 +116,9 @@ class Trainer:
         self.latent_net = None  # hash of the network of latents, if there is one
         if self.networks.lpips and config.lpips_net == "latent":
             self.latent_net = weights_sha256(self.networks.lpips)
-        self.latent_shape = (4, config.size // self.base.f, config.size // self.base.f)
+        check_family(config, self.base.family)
+        side = config.size // self.base.f
+        self.latent_shape = (self.base.latent_channels, side, side)
         if caches_latents(config, len(self.data.train)):
             use_latent_cache(config, self.data.train, self.base, self.accelerator)
 
@@ -473,6 +477,7 @@ class RunResult:
 def train(config: TrainConfig) -> RunResult:
     "Train a branch, a LoRA or the UNet. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
     config.check()
+    check_family(config, known_family(config.base))
     path = on_main(lambda: choose_run_folder(config))
     try:
         run = Trainer(config, path)

@@ -21,7 +21,10 @@ from masked_ldm.training.config import (
         (dict(T=1200), "T must be 0 to 1000, not 1200"),
         (dict(lamda1=0.2), "unknown parameter 'lamda1'; did you mean 'lambda1'?"),
         (dict(decode=None), "unknown parameter 'decode'"),
-        (dict(preset="sd51"), "preset must be one of tiny, sd15, sd15-12gb, sd15-fast, not 'sd51'"),
+        (
+            dict(preset="sd51"),
+            "preset must be one of tiny, sd15, sd15-12gb, sd15-fast, sdxl-lora, sd3-lora, not 'sd51'",
+        ),
         (dict(lambda1=0.8, lambda2=0.5), "lambda1 + lambda2 must be between 0 and 1"),
         (dict(lambda1=-0.1), "lambda1 must be 0 or more, not -0.1"),
         (dict(max_steps=10.5), "max_steps must be a whole number, not 10.5"),

@@ -192,7 +192,7 @@ def test_imports_have_no_circle():
 
 
 MAY_NOT_IMPORT = {  # a room, and the rooms it knows nothing of
-    "one_step|masked_lpips|decoder_features|latent_features|face_loss|several_steps|models|toy": "data|training|train|evaluate|evaluation|sample|study",
+    "one_step|masked_lpips|decoder_features|latent_features|face_loss|several_steps|families|models|toy": "data|training|train|evaluate|evaluation|sample|study",
     "objective|pose_loss": "data|training|train|evaluate|evaluation|sample|study|toy",
     "data": "training|train|evaluate|evaluation|sample|study",
     "training|evaluation|sample|evaluate": "train|study",

@@ -92,11 +92,11 @@ SPOILT = {
         lambda b: write(
             b / "model_index.json", WITHOUT_UNET | dict(_class_name="StableDiffusion3Pipeline")
         ),
-        "is a StableDiffusion3Pipeline without unet",
+        "is a StableDiffusion3Pipeline without vae, unet",
     ),
-    "SDXL": (
-        lambda b: write(b / "model_index.json", PARTS | dict(text_encoder_2=None)),
-        "with two text encoders",
+    "SDXL's refiner": (
+        lambda b: write(b / "model_index.json", PARTS | dict(text_encoder=[None, None])),
+        "without .*text_encoder",
     ),
 }
 
@@ -112,7 +112,7 @@ def test_a_base_that_is_no_good_is_named(base, how):
 
 FILES = {
     "junk": (b"abc", "is damaged"),
-    "SDXL": ({"conditioner.embedders.0.x": (1,)}, "holds no Stable Diffusion 1.x or 2.x"),
+    "SDXL": ({"conditioner.embedders.0.x": (1,)}, "holds no Stable Diffusion 1.x, 2.x or XL"),
     "unet alone": ({models._FIRST: (4, 4, 3, 3)}, "with autoencoder and text encoder"),
     "inpainting": (
         {models._FIRST: (4, 9, 3, 3), "first_stage_model.x": (1,), "cond_stage_model.x": (1,)},

@@ -37,9 +37,10 @@ def cache_bytes(
     width: int,  # of a text embedding
     mixed_precision: str = "no",  # of the run: "no" keeps float32, "bf16" bfloat16
     tokens: int = 77,  # of a caption
+    channels: int = 4,  # of the latents
 ) -> int:
     "Count the bytes that a cache takes on disk, but for its headers."
-    numbers = pictures * 2 * 8 * side**2 + captions * tokens * width
+    numbers = pictures * 2 * (2 * channels) * side**2 + captions * tokens * width
     return numbers * (2 if mixed_precision == "bf16" else 4)
 
 # %% ../../nbs/data/08_latent_cache.ipynb #25e5150e
@@ -68,15 +69,16 @@ def _cache_settings(
 ) -> dict[str, Any]:  # JSON values
     "List everything that the numbers in a cache depend on, but for the pictures and captions."
     text_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
-    words = json_sha256(base.tokenizer.get_vocab())
+    encoders = [_network_sha256(e, dtype=text_dtype) for e in base.text_encoders]
+    words = [json_sha256(tokenizer.get_vocab())[:16] for tokenizer in base.tokenizers]
     return dict(
         version=CACHE_VERSION,
         size=dataset.size,
         crop=dataset.crop,
         mixed_precision=mixed_precision,
         vae=_network_sha256(base.vae, parts=("encoder.", "quant_conv.")),
-        text_encoder=_network_sha256(base.text_encoder, dtype=text_dtype),
-        tokenizer=f"{words[:16]}-{base.tokenizer.model_max_length}",
+        text_encoder="-".join(encoders),
+        tokenizer=f"{'-'.join(words)}-{base.tokenizer.model_max_length}",
         pictures=len(dataset),
         rows=rows,
     )
@@ -206,6 +208,16 @@ def _stack_pixels(samples: list[dict[str, Any]]) -> Tensor:
     return torch.stack([sample["pixels"] for sample in samples])
 
 
+def _with_text_halved(base: Base) -> Base:
+    "A base whose text encoders are bfloat16, as in a run with bf16; the given one stays."
+
+    def halved(part: str, network: Any) -> Any:
+        return copy.deepcopy(network).bfloat16() if part.startswith("text_encoder") else network
+
+    more = {part: halved(part, network) for part, network in base.more.items()}
+    return replace(base, text_encoder=halved("text_encoder", base.text_encoder), more=more)
+
+
 def _encode_shards(
     dataset: PersonDataset, base: Base, abouts: Sequence[dict[str, Any]], workers: int = 0
 ) -> Iterator[dict[str, Tensor]]:  # moments (n,2,8,h,w), text (m,77,D), empty (77,D)
@@ -213,7 +225,7 @@ def _encode_shards(
     dtype = torch.float32
     if abouts[0]["settings"]["mixed_precision"] == "bf16":  # the text encoder as training has it
         dtype = torch.bfloat16
-        base = replace(base, text_encoder=copy.deepcopy(base.text_encoder).bfloat16())
+        base = _with_text_halved(base)
     plain = copy.copy(dataset)
     plain.cache = None
     batches = [_cut(about) for about in abouts]
@@ -240,12 +252,15 @@ def _check_room(folder: Path, abouts: Sequence[dict[str, Any]], base: Base) -> N
     "Raise OSError if what is to be made does not fit on the disk."
     settings = abouts[0]["settings"]
     captions = [picture[3] for about in abouts for picture in about["pictures"]]
+    tokens, width = base.family.text_shape(base)
     needed = cache_bytes(
         len(captions),
         sum(captions),
         settings["size"] // base.f,
-        base.text_encoder.config.hidden_size,
+        width,
         settings["mixed_precision"],
+        tokens,
+        base.latent_channels,
     )
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -27,7 +27,7 @@ from ..face_loss import FaceLoss
 from ..files import keyed_generator
 from ..masked_lpips import MaskedLPIPS
 from ..models import Base, ControlledUNet, own_precision
-from ..one_step import diffusion_target, predict_x0
+from ..one_step import add_noise, diffusion_target, predict_x0
 from ..sample import MaskedLDMPipeline, Run, by_parts, pictures_at_once
 from ..training.networks import judge_of_faces, judge_of_people, people_judge
 
@@ -65,8 +65,8 @@ def _score_batch(
     columns = []
     for level in levels:
         t = torch.full((len(latents),), level, device=latents.device)
-        x_t = scheduler.add_noise(latents, noise, t)
-        output = unet(x_t, t, text).sample.float()
+        x_t = add_noise(latents, noise, t, scheduler)
+        output = base.predict(unet, x_t, t, text)
         x0 = base.decode(predict_x0(output, x_t, t, scheduler)).clamp(-1, 1)
         target = diffusion_target(latents, noise, t, scheduler)
         error = ((x0 - batch.pixels) / 2).square().mean((1, 2, 3))
@@ -221,7 +221,7 @@ def judge_runs(
     except (OSError, ValueError) as e:
         return {}, [*notes, f"no one-step metrics: {e}"]
     scores = {
-        name: one_step_scores(base, models[name].unet, val_set, people, faces, n, levels, seed)
+        name: one_step_scores(base, models[name].denoiser, val_set, people, faces, n, levels, seed)
         for name in ("base", *alike)
     }
     differences = {

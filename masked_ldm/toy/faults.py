@@ -115,7 +115,7 @@ def hurt_base(
         chosen = torch.randint(0, 5, (batch_size,), generator=generator)
         captions = [str(five[int(k)]) for five, k in zip(texts[rows], chosen)]
         noisy = base.scheduler.add_noise(latents, noise, t)  # type: ignore[arg-type]
-        loss = F.mse_loss(unet(noisy, t, base.embed(captions)).sample, noise)
+        loss = F.mse_loss(base.predict(unet, noisy, t, base.embed(captions)), noise)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

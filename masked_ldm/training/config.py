@@ -56,7 +56,37 @@ PRESETS: dict[str, dict[str, Any]] = {
         lambda2=0.0,
         ldm_face_weight=8.0,
     ),
+    "sdxl-lora": dict(
+        _SD15,
+        base="sdxl",
+        trainable="lora",
+        size=1024,
+        max_steps=4000,
+        learning_rate=1e-4,
+        gradient_checkpointing=True,
+        checkpointing_steps=500,
+        sample_interval=500,
+        sample_steps=30,
+        guidance_scale=5.0,
+        cache_latents=True,
+    ),
+    "sd3-lora": dict(
+        _SD15,
+        base="sd3",
+        trainable="lora",
+        size=1024,
+        max_steps=4000,
+        learning_rate=1e-4,
+        gradient_checkpointing=True,
+        checkpointing_steps=500,
+        sample_interval=500,
+        sample_steps=28,
+        sample_scheduler="dpm",
+        guidance_scale=7.0,
+        cache_latents=True,
+    ),
 }
+_NAMED = ("tiny", "sd15", "sd15-12gb", "sdxl", "sd3")  # bases, as `masked_ldm.models` knows them
 
 # %% ../../nbs/training/01_config.ipynb #359b3575
 def has_region_weights(config: "TrainConfig") -> bool:
@@ -132,7 +162,7 @@ def _check_latent_net(config: "TrainConfig") -> None:
     if config.lpips_net != "latent" or not (config.lambda1 and config.T):
         return
     if config.latent_net == "tiny":
-        if config.base in PRESETS and config.base != "tiny":
+        if config.base in _NAMED[1:]:
             raise ConfigError(
                 f"lpips_net latent needs latent_net with base {config.base}: a folder made by "
                 "masked-ldm-distill, or a file of elatentlpips; lpips_net decoder needs neither"
@@ -208,7 +238,8 @@ class TrainConfig:
     preset: str = setting(
         "tiny",
         "tiny: built-in world on a CPU; sd15: the paper's settings; "
-        "sd15-12gb: the same in less memory; sd15-fast: nothing decoded",
+        "sd15-12gb: the same in less memory; sd15-fast: nothing decoded; "
+        "sdxl-lora, sd3-lora: a LoRA of a larger base",
         choices=PRESETS,
         may_change=True,
     )
@@ -320,7 +351,9 @@ class TrainConfig:
         0, "processes that read pictures", least=0, most=256, may_change=True
     )
     # the run
-    base: str = setting("tiny", "frozen base: tiny, sd15, a folder or a hub id")
+    base: str = setting(
+        "tiny", "frozen base: tiny, sd15, sdxl, sd3, a folder, a .safetensors file or a hub id"
+    )
     out_dir: str | None = setting(
         None,
         "run folder; runs/PRESET or the next free runs/PRESET-N if not given",
@@ -437,7 +470,7 @@ class TrainConfig:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
         own = {name: value for name, value in given.items() if value is not None}
         config = make_settings(cls, {**given, **PRESETS[preset], **own})
-        if config.base not in PRESETS and Path(config.base).exists():
+        if config.base not in _NAMED and Path(config.base).exists():
             config.base = str(Path(config.base).absolute())  # what is written down holds anywhere
         if config.latent_net != "tiny" and Path(config.latent_net).exists():
             config.latent_net = str(Path(config.latent_net).absolute())

@@ -40,7 +40,7 @@ from masked_ldm.latent_features import (
 )
 from ..masked_lpips import MaskedLPIPS, as_a_constant, difference_map, load_lpips, unit
 from ..models import BASES, Base, decode_latents, latent_factor, load_base, to_unit_scale
-from ..one_step import predict_x0
+from ..one_step import add_noise, predict_x0
 from ..provenance import provenance
 from masked_ldm.settings import (
     ConfigError,
@@ -82,9 +82,9 @@ def estimates(
     scheduler: Any = base.scheduler
     t = torch.randint(0, scheduler.config.num_train_timesteps, (len(z),), generator=generator)
     noise = torch.randn(z.shape, generator=generator).to(z)
-    x_t, t = scheduler.add_noise(z, noise, t.to(z.device)), t.to(z.device)
-    output = base.unet(x_t, t, base.embed(captions)).sample.float()
-    return predict_x0(output, x_t, t, scheduler)
+    t = t.to(z.device)
+    x_t = add_noise(z, noise, t, scheduler)
+    return predict_x0(base.predict(base.unet, x_t, t, base.embed(captions)), x_t, t, scheduler)
 
 # %% ../../nbs/training/15_distillation.ipynb #fc7a3ae5
 def scale_of(
@@ -452,8 +452,8 @@ class Distillation:
                 for level, pairs_of in found.items():
                     t = torch.full((len(latents),), level, device=self.device)
                     with torch.no_grad():
-                        x_t = scheduler.add_noise(latents, noise, t)
-                        output = base.unet(x_t, t, text_emb).sample.float()
+                        x_t = add_noise(latents, noise, t, scheduler)
+                        output = base.predict(base.unet, x_t, t, text_emb)
                         pred = predict_x0(output, x_t, t, scheduler)
                     pairs = pred, latents, batch.mask
                     each = [distances_and_gradients(f, *pairs, 1) for f in (by_student, by_teacher)]

@@ -22,7 +22,6 @@ import lpips
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from facenet_pytorch import InceptionResnetV1
 from scipy.stats import binom
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import (
     CLIPTextConfig,
-    CLIPTextModel,
     VitPoseBackboneConfig,
     VitPoseConfig,
     VitPoseForPoseEstimation,
@@ -42,10 +40,11 @@ from transformers import (
 from ..data.dataset import Batch
 from ..decoder_features import DecoderLPIPS
 from ..face_loss import FaceLoss
+from ..families import STABLE_DIFFUSION, STABLE_DIFFUSION_3, STABLE_DIFFUSION_XL
 from ..files import read_json
 from ..latent_features import LatentFeatures, PublishedLatentVGG, read_latent_config
 from ..masked_lpips import MaskedLPIPS
-from ..models import BASES, Base, latent_factor
+from ..models import BASES, Base, as_base, known_family, latent_factor
 from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
 from .config import TrainConfig, training_pictures
 from .data import caches_latents
@@ -175,44 +174,107 @@ def peak_memory(
     return result, most / 2**30
 
 # %% ../../nbs/training/10_memory_plan.ipynb #e082a88b
-_SD15: dict[str, dict[str, Any]] = dict(
-    unet=dict(sample_size=64, cross_attention_dim=768),
-    text_encoder=dict(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    ),
-    vae=dict(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-    ),
+_CLIP_L = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    projection_dim=768,
 )
+_CLIP_G = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+)
+_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+)
+_UNET_XL = dict(
+    sample_size=128,
+    cross_attention_dim=2048,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+_MMDIT = dict(
+    sample_size=128,
+    num_layers=24,
+    attention_head_dim=64,
+    num_attention_heads=24,
+    joint_attention_dim=4096,
+    caption_projection_dim=1536,
+    pooled_projection_dim=2048,
+    pos_embed_max_size=192,
+)
+_SHAPES: dict[str, dict[str, Any]] = {  # of the bases that have names
+    STABLE_DIFFUSION.called: dict(
+        unet=dict(sample_size=64, cross_attention_dim=768), text_encoder=_CLIP_L, vae=_VAE
+    ),
+    STABLE_DIFFUSION_XL.called: dict(
+        unet=_UNET_XL, text_encoder=_CLIP_L, text_encoder_2=_CLIP_G, vae=_VAE
+    ),
+    STABLE_DIFFUSION_3.called: dict(
+        transformer=_MMDIT,
+        text_encoder=_CLIP_L,
+        text_encoder_2=_CLIP_G,
+        vae=dict(
+            _VAE,
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+    ),
+}
 
 
-def _any_words(texts: list[str], **kwargs: Any) -> SimpleNamespace:
-    "Stand in for a tokenizer."
-    return SimpleNamespace(input_ids=torch.zeros(len(texts), 77, dtype=torch.long))
+class _AnyWords:
+    "Stands in for a tokenizer."
+
+    model_max_length = 77
+
+    def __call__(self, texts: list[str], **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=torch.zeros(len(texts), 77, dtype=torch.long))
+
+
+_any_words = _AnyWords()
 
 
 def empty_base(
-    name: str,  # as in `TrainConfig.base`; what is not on disk is taken for Stable Diffusion 1.5
+    name: str,  # as in `TrainConfig.base`; what nothing tells is taken for Stable Diffusion 1.5
 ) -> Base:
     "A base whose weights are on the meta device: shapes alone."
     folder = Path(BASES.get(name, name))
+    family = known_family(name) or STABLE_DIFFUSION
 
-    def config(part: str) -> dict[str, Any]:
+    def network(part: str, kind: Any) -> Any:
         file = folder / part / "config.json"
-        return read_json(file) if file.is_file() else _SD15[part]
+        config = read_json(file) if file.is_file() else _SHAPES[family.called][part]
+        is_text = part.startswith("text_encoder")
+        made = kind(CLIPTextConfig(**config)) if is_text else kind.from_config(config)
+        return made.eval().requires_grad_(False)
 
+    parts: dict[str, Any] = {}
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config("vae"))
-        unet = UNet2DConditionModel.from_config(config("unet"))
-        text_encoder = CLIPTextModel(CLIPTextConfig(**config("text_encoder")))
-    for network in (vae, unet, text_encoder):
-        network.eval().requires_grad_(False)
-    tokenizer: Any = _any_words
-    tokenizer.model_max_length = 77
-    return Base(vae, unet, text_encoder, tokenizer, DDPMScheduler(), name)
+        for part, kind in family.parts.items():
+            if part.startswith("tokenizer"):
+                parts[part] = _any_words
+            elif part != "scheduler":
+                parts[part] = network(part, kind)
+    parts["scheduler"] = family.parts["scheduler"]()
+    return as_base(family, parts, name)
 
 
 def weights_of(*networks: nn.Module, trained: bool = False) -> float:  # GiB
@@ -299,13 +361,13 @@ def _batch(base: Base, config: TrainConfig, pictures: int, cached: bool) -> Batc
         image_ids=list(range(pictures)),
     )
     if cached:
-        batch.moments = empty(pictures, 8, latent_side, latent_side)
-        batch.text = empty(pictures, 77, base.unet.config["cross_attention_dim"])
+        batch.moments = empty(pictures, 2 * base.latent_channels, latent_side, latent_side)
+        batch.text = empty(pictures, *base.family.text_shape(base))
     return batch
 
 
 def _draw(base: Base, size: int, pictures: int, decoded: int) -> StepDraw:
-    shape = (pictures, 4, size // base.f, size // base.f)
+    shape = (pictures, base.latent_channels, size // base.f, size // base.f)
     counts = (torch.arange(pictures) < decoded).float()
     t = torch.where(counts > 0, 0, 999)
     return StepDraw(empty(*shape), empty(*shape), t, None, counts)
@@ -333,7 +395,7 @@ def _step(
         trainable = make_trainable(config, base)
     trained = trainable.network
     prepare_networks(config, base, trained, torch.device("cuda"))
-    networks = (base.vae, base.unet, base.text_encoder, trained)
+    networks = (base.vae, base.unet, *base.text_encoders, trained)
     held = dict(weights=weights_of(*networks), trained=weights_of(trained, trained=True))
     for network in networks:
         without_content(network)

@@ -34,8 +34,11 @@ def set_checkpointing(
             network.enable_gradient_checkpointing()
         else:
             network.disable_gradient_checkpointing()
-    for idle in (unet.down_blocks, unet.mid_block, vae.encoder):
-        for block in idle.modules():
+    idle = [vae.encoder]
+    if hasattr(unet, "down_blocks"):  # a transformer has none
+        idle += [unet.down_blocks, unet.mid_block]
+    for part in idle:
+        for block in part.modules():
             if hasattr(block, "gradient_checkpointing"):
                 block.gradient_checkpointing = False
 

@@ -22,7 +22,7 @@ from ..data.dataset import Batch
 from ..masked_lpips import region_mask, shrink_mask
 from ..models import Base, ControlledUNet
 from ..objective import MaskAwareObjective, Terms, warm_up
-from ..one_step import diffusion_target, predict_x0
+from ..one_step import add_noise, diffusion_target, predict_x0
 from ..pose_loss import PoseTerm, people_boxes
 from ..several_steps import predict_x0_steps
 from .config import TrainConfig, has_region_weights
@@ -160,8 +160,8 @@ def _in_several_steps(
     model: Any,  # `ControlledUNet`, or a UNet
     noisy: Tensor,  # (B,4,h,w)
     t: Tensor,  # (B,)
-    text_emb: Tensor,  # (B,77,D)
-    scheduler: Any,
+    text_emb: Tensor,  # (B,L,D)
+    base: Base,
 ) -> Tensor:  # (B,4,h,w)
     "Estimate some samples anew, in several steps."
     if steps == 1 or not len(rows):
@@ -173,9 +173,9 @@ def _in_several_steps(
         unwrapped = extract_model_from_parallel(model)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        return unwrapped(x, t, text_emb[rows]).sample.float()
+        return base.predict(unwrapped, x, t, text_emb[rows])
 
-    found = predict_x0_steps(predict, noisy[rows], t[rows], scheduler, steps)
+    found = predict_x0_steps(predict, noisy[rows], t[rows], base.scheduler, steps)
     return x0_hat.index_copy(0, rows, found.to(x0_hat))
 
 
@@ -198,9 +198,9 @@ def training_losses(
         else:  # from the cache
             latents = base.draw(batch.moments, draw.posterior_noise)
             text_emb = batch.text.float()
-    noisy = scheduler.add_noise(latents, draw.noise, draw.t)
+    noisy = add_noise(latents, draw.noise, draw.t, scheduler)
     with autocast():
-        output = model(noisy, draw.t, text_emb).sample.float()
+        output = base.predict(model, noisy, draw.t, text_emb)
     target = diffusion_target(latents, draw.noise, draw.t, scheduler)
     weights = diffusion_weights(config, batch, latents.shape[-2:])
     l_ldm = diffusion_loss(output, target, draw.t, scheduler, weights, config.snr_gamma)
@@ -217,7 +217,7 @@ def training_losses(
             noisy,
             draw.t,
             text_emb,
-            scheduler,
+            base,
         )
         return objective(  # Eq. (3)
             l_ldm,

@@ -1,0 +1,182 @@
+"Other families of bases: what can be trained beside each trains, resumes, draws, is judged and opens elsewhere."
+
+import json
+
+import pytest
+import torch
+from conftest import in_process
+from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+from safetensors.torch import load_file
+
+from masked_ldm import evaluate
+from masked_ldm.families import FAMILIES
+from masked_ldm.models import known_family, load_base
+from masked_ldm.sample import MaskedLDMPipeline, sample
+from masked_ldm.toy.bases import write_small_base
+from masked_ldm.train import TrainConfig, train
+from masked_ldm.training.config import ConfigError
+from masked_ldm.training.trainable import WEIGHTS, check_family
+
+BASES = ("sd2", "sdxl", "sd3")
+CELLS = [(base, kind) for base in BASES[:2] for kind in WEIGHTS] + [("sd3", "lora")]
+each_cell = pytest.mark.parametrize(("name", "kind"), CELLS, ids=["-".join(cell) for cell in CELLS])
+each_base = pytest.mark.parametrize("name", BASES)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    "kind of base -> its folder, written once."
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: write_small_base(folder / name, name) for name in BASES}
+
+
+@pytest.fixture(scope="module")
+def settings(world, cache):
+    return dict(
+        data_root=str(world),
+        cache_dir=cache,
+        min_area=0.0,
+        val_pictures=2,
+        max_steps=2,
+        batch_size=2,
+        T=600,
+        learning_rate=1e-3,
+        lr_warmup_steps=0,
+        sample_interval=100,
+        sample_steps=1,
+        checkpointing_steps=1,
+        log_steps=1,
+        report_to="none",
+        proportion_empty_prompts=0.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(settings, bases, tmp_path_factory):
+    "(base, kind) -> a run of two steps, made once."
+    made = {}
+
+    def run(name, kind):
+        if (name, kind) not in made:
+            out = tmp_path_factory.mktemp("run") / f"{name}-{kind}"
+            own = dict(base=str(bases[name]), trainable=kind, out_dir=str(out))
+            made[name, kind] = train(TrainConfig.make(**settings, **own))
+        return made[name, kind]
+
+    return run
+
+
+def weights(run, kind):
+    return load_file(run.path / kind / WEIGHTS[kind])
+
+
+@each_cell
+def test_trains_and_is_judged(finished, name, kind):
+    run = finished(name, kind)
+    assert all(norm > 0 for norm in run.norms.values()) and set(run.norms) >= {"ldm", "lpips"}
+    assert run.metrics["one_step"]["person"] and len(run.grids) == 2
+    assert {k for k in WEIGHTS if (run.path / k).exists()} == {kind}
+    card = (run.path / "README.md").read_text(encoding="utf-8")
+    assert f"tags: [{kind}, masked-ldm]" in card
+
+
+@each_cell
+def test_resumes_to_the_bit_from_a_cache(finished, settings, bases, name, kind, tmp_path):
+    own = dict(settings, base=str(bases[name]), trainable=kind, val_pictures=0, cache_latents=True)
+    whole = train(TrainConfig.make(**own, out_dir=str(tmp_path / "whole")))
+    half = dict(own, out_dir=str(tmp_path / "half"))
+    train(TrainConfig.make(**{**half, "max_steps": 1}))
+    rest = train(TrainConfig.make(**half, resume="latest"))
+    want, got, uncached = (weights(run, kind) for run in (whole, rest, finished(name, kind)))
+    assert want and all(torch.equal(got[key], value) for key, value in want.items())
+    for key, value in want.items():  # encoded in other batches
+        torch.testing.assert_close(uncached[key], value, atol=2e-3, rtol=0)
+
+
+@each_cell
+def test_draws_as_diffusers_does(finished, bases, name, kind, tmp_path):
+    run = finished(name, kind)
+    ours = MaskedLDMPipeline.from_run(run.path)
+    base = load_base(bases[name])
+    family, loaded = base.family, {}
+    without = dict(text_encoder_3=None, tokenizer_3=None) if name == "sd3" else {}
+    if kind == "controlnet" and name == "sdxl":
+        branch = ControlNetModel.from_pretrained(run.path / kind)
+        theirs = StableDiffusionXLControlNetPipeline.from_pretrained(bases[name], controlnet=branch)
+        loaded = dict(image=torch.zeros(1, 3, 64, 64))
+    elif kind == "unet":
+        unet = type(base.unet).from_pretrained(run.path / kind)
+        theirs = family.pipeline.from_pretrained(bases[name], unet=unet)
+    elif kind == "lora":
+        theirs = family.pipeline.from_pretrained(bases[name], **without)
+        theirs.load_lora_weights(run.path / kind)
+    else:
+        pytest.skip("Stable Diffusion 2's branch opens as that of 1.5 does")
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = type(ours.scheduler).from_config(ours.scheduler.config)
+    how = dict(num_inference_steps=2, guidance_scale=3.0, height=64, width=64, output_type="np")
+    drawn = [
+        pipeline("a man", generator=torch.Generator().manual_seed(0), **how, **more).images
+        for pipeline, more in ((ours, {}), (theirs, loaded))
+    ]
+    torch.testing.assert_close(*map(torch.from_numpy, drawn), atol=1e-4, rtol=0)
+    copied = tmp_path / "copy"
+    ours.save_pretrained(copied)
+    again = MaskedLDMPipeline.from_run(copied)
+    same = [sample(pipeline, ["a man"], steps=1, scheduler="dpm")[0] for pipeline in (ours, again)]
+    assert same[0].tobytes() == same[1].tobytes()
+
+
+@each_base
+def test_is_evaluated(finished, name, tmp_path):
+    how = ["--n", "4", "--reference", "4", "--sample_steps", "1", "--sample_scheduler", "dpm"]
+    run = finished(name, "lora")
+    code, said = in_process(evaluate.main, run.path, *how, "--out", tmp_path / "judged")
+    assert code == 0, said
+    report = json.loads((tmp_path / "judged" / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(report["models"]) == {"base", "real", run.path.name}
+
+
+@each_base
+def test_an_untrained_lora_draws_what_its_base_draws_and_strength_0_too(finished, name):
+    run = finished(name, "lora")
+    how = dict(steps=2, scheduler="unipc")
+    alone = MaskedLDMPipeline.from_pretrained(load_base(run.config.base).path)
+    silent = MaskedLDMPipeline.from_run(run.path, strength=0.0)
+    pictures = [sample(pipeline, ["a man"], **how)[0] for pipeline in (alone, silent)]
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+REFUSED = {
+    "branch": (dict(trainable="controlnet"), "trainable controlnet cannot be with base .*sd3, a"),
+    "unet": (dict(trainable="unet"), "there it is lora"),
+    "snr": (dict(trainable="lora", snr_gamma=5.0), "snr_gamma 5 is of a diffusion, and base"),
+    "steps": (dict(trainable="lora", x0_steps=2), "x0_steps 2 is of a diffusion"),
+    "ddim": (dict(trainable="lora", sample_scheduler="ddim"), "it must be dpm or unipc"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_flow_does_not_know_is_refused_before_anything_is_loaded(
+    bases, settings, what, tmp_path
+):
+    given, said = REFUSED[what]
+    out = tmp_path / "run"
+    config = TrainConfig.make(**settings, **given, base=str(bases["sd3"]), out_dir=str(out))
+    with pytest.raises(ConfigError, match=said):
+        train(config)
+    assert not out.exists()
+
+
+def test_a_flow_is_not_drawn_by_ddim(finished):
+    pipeline = MaskedLDMPipeline.from_run(finished("sd3", "lora").path)
+    with pytest.raises(ValueError, match="ddim draws from a diffusion, not from a flow"):
+        sample(pipeline, ["a man"], scheduler="ddim")
+
+
+def test_a_named_base_is_known_before_it_is_fetched():
+    assert {known_family(name) for name in ("sdxl", "sd3")} == set(FAMILIES[:2])
+    assert known_family("somebody/model") is None
+    with pytest.raises(ConfigError, match="trainable unet cannot be with base sd3"):
+        config = TrainConfig(trainable="unet", base="sd3")
+        check_family(config, known_family("sd3"))
