@@ -254,6 +254,7 @@ _any_words = _AnyWords()
 
 def empty_base(
     name: str,  # as in `TrainConfig.base`; what nothing tells is taken for Stable Diffusion 1.5
+    device: torch.device | str = "meta",  # shapes alone; elsewhere weights are random
 ) -> Base:
     "A base whose weights are on the meta device: shapes alone."
     folder = Path(BASES.get(name, name))
@@ -267,7 +268,7 @@ def empty_base(
         return made.eval().requires_grad_(False)
 
     parts: dict[str, Any] = {}
-    with torch.device("meta"):
+    with torch.device(device):
         for part, kind in family.parts.items():
             if part.startswith("tokenizer"):
                 parts[part] = _any_words
