@@ -19,6 +19,7 @@ from PIL import Image
 
 from .data.dataset import PersonDataset
 from .data.images import read_image
+from .device import DEVICE_HELP, choose_device
 from masked_ldm.evaluation.fid import (
     FeatureExtractor,
     critic_extractor,
@@ -113,6 +114,7 @@ class EvalSettings:
     size: int | None = setting(
         None, "of the drawn pictures, pixels; else the run's", least=32, most=4096
     )
+    device: str = setting("auto", DEVICE_HELP)
 
     def check(self) -> None:
         "Raise ConfigError for the first setting that cannot be."
@@ -235,12 +237,13 @@ def held_out(
 def moved(
     run: Run,
     data_root: str,  # a COCO root, or a folder of manifests
+    device: str = "auto",  # where MTCNN runs, if a manifest is made
 ) -> Run:
     "A run whose photographs are elsewhere now. Raises ConfigError for a folder that has none."
     known = {
         k: run.config[k] for k in ("size", "min_area", "faces", "cache_dir") if k in run.config
     }
-    config = TrainConfig.make(**known, data_root=data_root)
+    config = TrainConfig.make(**known, data_root=data_root, device=device)
     data = {split: str(find_manifest(config, Path(data_root), split)) for split in ("val", "train")}
     return replace(run, config={**run.config, "data_root": data_root}, data=run.data | data)
 
@@ -459,14 +462,16 @@ def _described(settings: EvalSettings, runs: Mapping[str, Run]) -> dict[str, Any
 def evaluate(
     runs: Sequence[str | Path],  # run folders or Hub ids that share a base
     settings: EvalSettings | None = None,
-    device: str | torch.device | None = None,  # None: a GPU if there is one
 ) -> dict[str, Any]:  # the report, also written to evaluation.json
     "Compare runs with their base and each other. Raises ValueError, FileNotFoundError or OutOfMemory with what is wrong."
     settings = settings or EvalSettings()
     settings.check_places()
+    device = choose_device(settings.device)
     opened = open_runs(runs)
     if settings.data_root:
-        opened = {name: moved(run, settings.data_root) for name, run in opened.items()}
+        opened = {
+            name: moved(run, settings.data_root, settings.device) for name, run in opened.items()
+        }
     with memory_explained(settings.folder):
         return evaluate_models(load_models(opened, device=device), settings, opened)
 

@@ -59,12 +59,16 @@ def provenance(
     device: str | torch.device = "cpu",  # where the number was computed
 ) -> dict[str, Any]:
     "Versions of libraries, Python, machine, hardware, threads and commit."
-    on_gpu = str(device).startswith("cuda")
+    where, hardware = torch.device(device), f"CPU, {os.cpu_count()} cores"
+    if where.type == "cuda":
+        hardware = torch.cuda.get_device_name(where)
+    elif where.type != "cpu":
+        hardware = f"{where.type}; {hardware}"
     return dict(
         versions={library: _version(library) for library in _LIBRARIES},
         python=platform.python_version(),
         machine=platform.machine(),
-        hardware=torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
+        hardware=hardware,
         threads=torch.get_num_threads(),
         commit=commit(),
     )

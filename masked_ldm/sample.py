@@ -30,6 +30,7 @@ from diffusers import (
 from PIL import Image
 
 from .data.images import ImageError, check_image
+from .device import DEVICE_HELP, choose_device
 from .families import STABLE_DIFFUSION, STABLE_DIFFUSION_3, STABLE_DIFFUSION_XL, Family
 from .files import keyed_generator, read_json, weights_sha256, write_json, write_whole
 from masked_ldm.models import (
@@ -521,12 +522,11 @@ def _run_names(runs: Sequence[Run]) -> list[str]:
 def load_models(
     runs: Mapping[str, Run],  # from `open_runs`
     strength: float = 1.0,  # of branches and LoRAs
-    device: str | torch.device | None = None,  # None: a GPU if there is one
+    device: str | torch.device = "auto",
 ) -> dict[str, MaskedLDMPipeline]:  # "base", and each run
     "Load the base once, in the first run's precision, and what each run trained. Raises FileNotFoundError, or ValueError for damaged weights."
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first = next(iter(runs.values()))
-    base, size = _run_base(first, device), first.config.get("size")
+    base, size = _run_base(first, choose_device(device)), first.config.get("size")
     models = {"base": MaskedLDMPipeline.from_parts(base, size=size)}
     for name, run in runs.items():
         trained = _run_trainable(run, base)
@@ -547,6 +547,7 @@ class SampleSettings:
     sample_scheduler: str | None = setting(None, "sampler; else the run's", choices=SCHEDULERS)
     size: int | None = setting(None, "side in pixels; else the run's", least=32, most=4096)
     strength: float = setting(1.0, "of the branch or LoRA; 0 is the base alone", least=-10, most=10)
+    device: str = setting("auto", DEVICE_HELP)
     out: str = setting("grid.png", "picture to write: .png, .jpg or .webp")
 
     def check(self) -> None:
@@ -564,11 +565,12 @@ class SampleSettings:
 
 def _draw_grid(paths: Sequence[str], given: Mapping[str, Any]) -> None:
     settings = make_settings(SampleSettings, given)
+    device = choose_device(settings.device)
     runs = open_runs(paths)
     first = next(iter(runs.values()))
     sampler = sampler_of(first.config) | sampler_of(asdict(settings))
     with memory_explained():
-        models = load_models(runs, settings.strength)
+        models = load_models(runs, settings.strength, device)
         grid = compare_grid(models, settings.prompt or PROMPTS, settings.seed, **sampler)
     with write_whole(settings.out) as temporary:
         grid.save(temporary, Image.registered_extensions()[Path(settings.out).suffix.lower()])

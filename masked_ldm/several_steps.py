@@ -23,7 +23,7 @@ def steps_down(
     "The levels at which the model is asked. Raises ValueError for k below 1."
     if k < 1:
         raise ValueError(f"k must be 1 or more steps, not {k}")
-    return torch.stack([(t.double() * (k - i) / k).round().long() for i in range(k)])
+    return torch.stack([(t * (k - i) / k).round().long() for i in range(k)])
 
 
 def ddim_step(

@@ -94,6 +94,7 @@ class Trainer:
         self._saved: Any = None  # step and best of the newest checkpoint
         self._judged: tuple[int, dict[str, Any] | None] = (-1, None)  # step and what was found
 
+        join_processes(config.device)
         self.start = on_main(self._start)
         self.run_id = self.folder.tracker_id(resumed=self.start is not None)
         self.data_before = self.folder.read("data") if self.start else {}
@@ -478,6 +479,7 @@ def train(config: TrainConfig) -> RunResult:
     "Train a branch, a LoRA or the UNet. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
     config.check()
     check_family(config, known_family(config.base))
+    join_processes(config.device)
     path = on_main(lambda: choose_run_folder(config))
     try:
         run = Trainer(config, path)

@@ -66,10 +66,12 @@ def test_what_was_drawn_is_used_again(judged, monkeypatch):
     monkeypatch.setitem(e.PROTOCOLS, "quick", dict(n=8, sample_scheduler="dpm", sample_steps=2))
     monkeypatch.setattr(sample, "sample", lambda *a, **k: pytest.fail("drawn again"))
     monkeypatch.setattr(e, "compare_grid", lambda *a, **k: e.Image.new("RGB", (8, 8)))
-    again = e.evaluate(runs, e.EvalSettings(reference=8, out=str(out)), "cpu")
+    again = e.evaluate(runs, e.EvalSettings(reference=8, out=str(out), device="cpu"))
     assert again["models"] == r["models"] and again["paired"] == r["paired"]
     with pytest.raises(ValueError, match="holds pictures drawn otherwise"):
-        e.evaluate(runs, e.EvalSettings(reference=8, out=str(out), guidance_scale=4.0), "cpu")
+        e.evaluate(
+            runs, e.EvalSettings(reference=8, out=str(out), device="cpu", guidance_scale=4.0)
+        )
 
 
 @pytest.mark.parametrize(

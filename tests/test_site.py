@@ -369,7 +369,7 @@ def _ours(program, args, processes=1):
             make_settings(cls, given)
     if program == "masked-ldm-data":
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(data_command, "check_device", lambda name: None)
+            m.setattr(data_command, "choose_device", lambda name: None)
             data_command.read_settings(a)
 
 

@@ -23,7 +23,7 @@ from masked_ldm.data.download import (
     download_images,
     format_download,
 )
-from .faces import FaceRule, check_device
+from .faces import FaceRule
 from masked_ldm.data.filtering import (
     PAPER_COUNTS,
     FilterRule,
@@ -51,6 +51,7 @@ from masked_ldm.data.photographs import (
     build_photographs,
     holds_photographs,
 )
+from ..device import DEVICE_HELP, choose_device
 from ..files import parse_shard
 from ..models import load_base
 from masked_ldm.settings import (
@@ -215,7 +216,7 @@ def run_calibrate(line: Namespace, how: CalibrateSettings) -> None:
 class ShareSettings:
     "Which share of a long pass is done, and where."
 
-    device: str | None = setting(None, "where the networks run; a GPU if there is one")
+    device: str = setting("auto", DEVICE_HELP)
     shard: str | None = setting(None, "i/n: this share only; all if not given")
 
     def __post_init__(self) -> None:
@@ -255,7 +256,7 @@ def run_cache(line: Namespace, how: ShareSettings, reading: CacheSettings) -> No
     for split, manifest in find_manifests(line.manifest).items():
         if split not in line.split:
             continue
-        base = base or load_base(config.base, check_device(how.device))
+        base = base or load_base(config.base, choose_device(how.device))
         dataset = PersonDataset(manifest, config.size, crop=config.crop)
         folder = cache_folder(config.cache_dir, dataset, config.base, config.mixed_precision)
         made = build_cache(
@@ -332,7 +333,7 @@ def read_settings(line: Namespace) -> list[Any]:
     convert(name, getattr(line, name), str)
     made: list[Any] = [make_settings(cls, settings_given(cls, line)) for cls in classes]
     if getattr(line, "device", None):
-        check_device(line.device)
+        choose_device(line.device)  # before anything is read
     return made
 
 

@@ -49,7 +49,7 @@ def _chunk_key(rows: Sequence[dict[str, Any]], folder: str | Path, rule: FaceRul
 
 # %% ../../nbs/data/04_face_pass.ipynb #d6130ae9
 def _detect_chunk(
-    rows: Sequence[dict[str, Any]], folder: str | Path, rule: FaceRule, device: str | None
+    rows: Sequence[dict[str, Any]], folder: str | Path, rule: FaceRule, device: str
 ) -> list[dict[str, Any]]:  # of each row dict(faces=[...]) or dict(wrong=what)
     "Read the pictures of a chunk, and find their faces."
     results: dict[int, dict[str, Any]] = {}
@@ -96,7 +96,7 @@ def face_pass(
     folder: str | Path,  # of the pictures
     work: str | Path,  # folder of the chunks, shared by all shards
     rule: FaceRule,  # which faces are kept
-    device: str | None = None,  # where MTCNN runs; None: a GPU if there is one
+    device: str = "auto",  # where MTCNN runs
     shard: str | tuple[int, int] | None = None,  # "i/n": this share of the chunks; None: all
     say: Callable[[str], None] = print,  # is told what is made again, and why
 ) -> dict[str, int]:  # chunks of this shard that were made, found, and made again

@@ -19,9 +19,10 @@ from typing import Any
 
 from .coco import no_gc
 from .face_pass import face_pass, merge_faces
-from .faces import FaceRule, check_device, face_rows, keypoint_faces
+from .faces import FaceRule, face_rows, keypoint_faces
 from .filtering import FilterRule, select_images
 from .images import check_image_files, fits_both_ways
+from ..device import DEVICE_HELP, choose_device
 from ..files import parse_shard, read_json, write_whole
 from ..settings import ConfigError, did_you_mean, make_settings, setting
 
@@ -38,7 +39,7 @@ class ManifestSettings:
         "where faces come from; auto: annotation if there are any, else mtcnn",
         choices=FACES,
     )
-    device: str | None = setting(None, "where MTCNN runs; a GPU if there is one")
+    device: str = setting("auto", DEVICE_HELP)
     verify: str = setting(
         "header", "check header and end of each picture, or decode it", choices=("header", "full")
     )
@@ -90,7 +91,7 @@ def check_and_detect(
     work: str | Path,  # folder of the face pass
     faces: str,  # one of `FACES`, not "auto"
     rule: FaceRule,  # which faces are kept, by "mtcnn" and "keypoints"
-    device: str | None = None,  # where MTCNN runs
+    device: str = "auto",  # where MTCNN runs
     verify: str = "header",  # or "full"
 ) -> list[dict]:  # for each row dict(faces=[...]) or dict(wrong=what is wrong with its picture)
     "Check every picture and find its faces."
@@ -289,14 +290,14 @@ def build_manifest(
     out: str | Path | None = None,  # folder to write to; None: that of the pictures
     min_area: float = 0.05,  # share of the picture that people must cover
     faces: str = "auto",  # one of `FACES`
-    device: str | None = None,  # where MTCNN runs; None: a GPU if there is one
+    device: str = "auto",  # where MTCNN runs
     **others: Any,  # further fields of `FilterRule`, `FaceRule` and `ManifestSettings`
 ) -> Path:  # of metadata.jsonl
     "Filter a COCO split to pictures of people. Raises ValueError or FileNotFoundError that names the file."
     given = dict(others, min_area=min_area, faces=faces, device=device)
     rule, face_rule, how = sort_settings(given, FilterRule, FaceRule, ManifestSettings)
-    if device is not None:
-        check_device(device)
+    if device != "auto":
+        choose_device(device)  # before anything is read
     folder = Path(root) / f"{split}2017"
     out = Path(out or folder)
     selected, report = select_images(root, split, rule)
@@ -381,7 +382,7 @@ def run_face_pass(
     split: str,  # "train" or "val"
     out: str | Path | None = None,  # folder of the manifest to be
     shard: str | tuple[int, int] | None = None,  # i/n; None: everything
-    device: str | None = None,  # where MTCNN runs; None: a GPU if there is one
+    device: str = "auto",  # where MTCNN runs
     **rules: Any,  # fields of `FilterRule` and `FaceRule`
 ) -> Path:  # folder of what was found
     "Find the faces of a share of the pictures."

@@ -33,10 +33,11 @@ from torchvision.models.detection import (
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .coco import no_gc
-from .faces import FaceRule, check_device
+from .faces import FaceRule
 from .filtering import FilterRule, allowed_licenses, describe_image
 from .images import ImageError, read_image
 from .manifest import ManifestSettings, finish_manifest, sort_settings
+from ..device import choose_device
 from ..files import json_sha256, read_json, remove_leftovers, write_text
 from ..masked_lpips import as_a_constant, downloaded_weights
 from ..settings import ConfigError, check_settings, setting
@@ -273,7 +274,7 @@ class Mask2Former(nn.Module):
         self,
         source: str,  # Hub id or folder
         least: float = 0.7,  # score a person needs
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
     ):
         from transformers import (  # here, since it takes seconds
             AutoImageProcessor,
@@ -310,19 +311,19 @@ class Mask2Former(nn.Module):
 def load_segmenter(
     name: str = "maskrcnn",  # or a Mask2Former's Hub id or folder
     least: float = 0.7,  # score a person needs
-    device: str | None = None,  # None: a GPU if there is one
+    device: str = "auto",
 ) -> Segmenter:
     "A segmenter by name. Raises FileNotFoundError or ValueError that names the file of its weights."
-    device = check_device(device)
+    where = choose_device(device)
     masks = "or bring masks of your own, NAME.mask.png"
     try:
         if name != "maskrcnn":
-            return Mask2Former(name, least, device)
+            return Mask2Former(name, least, where)
         weights = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         masks = f"put {weights.url} there from a machine with internet, {masks}"
         with downloaded_weights("Mask R-CNN", path):
-            return MaskRCNN(maskrcnn_resnet50_fpn_v2(weights=weights).to(device), least)
+            return MaskRCNN(maskrcnn_resnet50_fpn_v2(weights=weights).to(where), least)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{e}: {masks}") from None
 
@@ -385,7 +386,7 @@ class _Finder:
         work: Path,  # folder of the answers
         how: PhotographSettings,
         segmenter: Segmenter | None,  # None: loaded by name, where it is needed
-        device: str | None,
+        device: str,
     ):
         self.root, self.work = root, work
         self.name = how.segmenter if segmenter is None else type(segmenter).__name__
@@ -453,7 +454,7 @@ def select_photographs(
     rule: FilterRule,  # which are kept
     how: PhotographSettings,
     segmenter: Segmenter | None = None,  # None: by `how.segmenter`, loaded where it is needed
-    device: str | None = None,  # where it runs; None: a GPU if there is one
+    device: str = "auto",  # where it runs
 ) -> tuple[list[dict], dict]:  # rows as of `select_images`, and what came with them
     "Find the people of a split, and select its pictures by a rule. Raises FileNotFoundError or ValueError that names the file."
     root, rule = Path(root), _own_rule(rule, how)

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..device import to_float64
 from ..objective import Terms
 from .config import TrainConfig
 from .timesteps import StepTimesteps
@@ -88,8 +89,8 @@ class Balance:
         for weight, perceptual in zip(self.weights, self._perceptual, strict=True):
             mean: Any = accelerator.reduce(perceptual, "mean")
             rest = weight.grad - mean if weight.grad is not None else -mean
-            squares[0] += mean.double().square().sum().cpu()
-            squares[1] += rest.double().square().sum().cpu()
+            squares[0] += to_float64(mean).square().sum().cpu()
+            squares[1] += to_float64(rest).square().sum().cpu()
         self._perceptual = []
         perceptual_norm, diffusion_norm = squares.sqrt().tolist()
         is_finite = 0 < perceptual_norm < math.inf and diffusion_norm < math.inf

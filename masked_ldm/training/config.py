@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..device import DEVICE_HELP
 from ..files import read_json
 from ..settings import ConfigError, check_settings, make_settings, setting
 
@@ -379,6 +380,7 @@ class TrainConfig:
     lr_warmup_steps: int = setting(10, "steps of linear warm-up", least=0)
     adam_weight_decay: float = setting(0.01, "of AdamW", least=0, most=1)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", above=0)
+    device: str = setting("auto", DEVICE_HELP, may_change=True)
     mixed_precision: str = setting(
         "no", "autocast of the networks; losses stay float32", choices=("no", "bf16")
     )

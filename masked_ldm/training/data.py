@@ -94,8 +94,7 @@ def find_manifest(config: TrainConfig, root: Path, split: str) -> Path:
             return folder / "metadata.jsonl"
         except (ValueError, FileNotFoundError) as e:
             warnings.warn(f"{e}: the run builds it again", stacklevel=2)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return build_manifest(root, split, folder, config.min_area, config.faces, device)
+    return build_manifest(root, split, folder, config.min_area, config.faces, config.device)
 
 
 def load_data(config: TrainConfig) -> RunData:

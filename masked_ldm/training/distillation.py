@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.dataset import Batch, batch_keys, collate
+from ..device import DEVICE_HELP, choose_device
 from masked_ldm.files import (
     keyed_generator,
     lock_folder,
@@ -219,6 +220,7 @@ class DistilSettings:
     gradient_checkpointing: bool = setting(False, "of the decoder: less memory, more time")
     dataloader_num_workers: int = setting(0, "processes that read pictures", least=0, most=256)
     checkpointing_steps: int = setting(100, "steps between checkpoints", least=1)
+    device: str = setting("auto", DEVICE_HELP)
     seed: int = setting(0, "of order, estimates, spoiling and weights", least=0, most=2**53 - 1)
     out: str = setting("runs/latent", "folder; what was begun there goes on")
     cache_dir: str = setting("runs/cache", "where drawn worlds and manifests are kept")
@@ -240,12 +242,14 @@ class DistilSettings:
 
     def data(self) -> TrainConfig:
         "Settings of a run that reads these pictures. Raises ConfigError."
-        names = "data_root size min_area world_pictures val_pictures batch_size seed cache_dir"
+        names = (
+            "data_root size min_area world_pictures val_pictures batch_size seed cache_dir device"
+        )
         given = {name: getattr(self, name) for name in names.split()}
         return TrainConfig.make(**given, cache_latents=False)
 
 
-_PLACES = ("out", "cache_dir", "data_root", "base")
+_PLACES = ("out", "cache_dir", "data_root", "base", "device")
 _MAY_CHANGE = (*_PLACES, "checkpointing_steps", "dataloader_num_workers", "val_pictures")
 
 # %% ../../nbs/training/15_distillation.ipynb #aa188cdc
@@ -274,7 +278,7 @@ class Distillation:
     def __init__(self, settings: DistilSettings):
         self.settings = settings
         self.out = Path(settings.out)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(settings.device)
         self.vae, self.base = _load_vae(settings.base, self.device)
         if settings.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()

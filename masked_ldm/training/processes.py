@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
+from ..device import choose_device
 from ..settings import first_line
 from .config import ConfigError, TrainConfig
 
@@ -35,15 +36,56 @@ def check_launcher(
             )
 
 # %% ../../nbs/training/03_processes.ipynb #46676d55
-def _on_cpu() -> bool:
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return asked or not torch.accelerator.is_available()
-
-
-def join_processes() -> PartialState:
-    "Join the processes of this run. Raises ConfigError for an environment that tells of others that are not there."
+@contextmanager
+def _torch_device(
+    name: str | None,  # None: accelerate's own choice
+) -> Iterator[None]:
+    "Inside, accelerate's environment names this device."
+    variable = "ACCELERATE_TORCH_DEVICE"
+    before = os.environ.pop(variable, None)
     try:
-        return PartialState(cpu=_on_cpu(), timeout=timedelta(hours=12))
+        os.environ.update({variable: name} if name else {})
+        yield
+    finally:
+        os.environ.pop(variable, None)
+        os.environ.update({variable: before} if before else {})
+
+
+def _device_of(
+    asked: str,  # the run's setting
+    processes: int,
+) -> torch.device:
+    "Choose the device of this process. Raises ConfigError for one that processes cannot share."
+    if processes > 1 and (":" in asked or asked == "mps"):
+        raise ConfigError(
+            f"device {asked!r} is one device, and {processes} processes were started: "
+            "say cuda, and each takes its own, or cpu"
+        )
+    if processes > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        torch.cuda.set_device(own)  # the first card is not tried out by all
+    device = choose_device(asked)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for what asks for the current one
+    return device
+
+
+def join_processes(
+    device: str | None = None,  # the run's setting; None: what was joined on, at first "auto"
+) -> PartialState:
+    "Join the processes of this run. Raises ConfigError for a device or other processes that are not there."
+    if device is None and PartialState._shared_state:
+        return PartialState()
+    try:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        where = _device_of(device or "auto", processes)
+        joined = PartialState().device if PartialState._shared_state else where
+        if processes == 1 and joined != where:  # a second run in one kernel
+            AcceleratorState._reset_state(reset_partial_state=True)
+        with _torch_device(str(where) if processes == 1 else None):
+            return PartialState(cpu=where.type == "cpu", timeout=timedelta(hours=12))
+    except ConfigError:
+        raise
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"the processes of this run cannot be joined: {first_line(e)}") from None
 
@@ -60,8 +102,6 @@ def on_main(work: Callable[[], T]) -> T:
 _MACHINE = {
     f"ACCELERATE_{name}"
     for name in (
-        "USE_CPU",
-        "TORCH_DEVICE",
         "CPU_AFFINITY",
         "DEBUG_MODE",
         "LOG_LEVEL",
@@ -97,15 +137,18 @@ def make_accelerator(
 ) -> Accelerator:
     "Make accelerate's view of this run. Raises ConfigError for a launcher that cuts the weights."
     check_launcher()
-    if join_processes().num_processes == 1:
+    state = join_processes(config.device)
+    if state.num_processes == 1:
         AcceleratorState._reset_state()  # a second run in one kernel may have another precision
     with _settings_alone() as hidden:
         accelerator = Accelerator(
-            cpu=_on_cpu(),
+            cpu=state.device.type == "cpu",
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(folder), str(folder)),
         )
+    if state.device.type == "cpu":
+        hidden.pop("ACCELERATE_USE_CPU", None)  # it is followed
     if hidden:
         named = ", ".join(f"{name}={value}" for name, value in hidden.items())
         accelerator.print(f"not followed, since a run's own settings decide: {named}")
