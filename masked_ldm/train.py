@@ -64,6 +64,7 @@ from masked_ldm.training.processes import (
     make_accelerator,
     on_main,
     pictures_at_once,
+    settled,
 )
 from .training.run_folder import RunFolder, choose_run_folder, find_start
 from .training.step import StepDraw, make_objective, sample_draw, training_losses
@@ -82,6 +83,7 @@ class Trainer:
     "A run: build it, `preflight`, `resume` or not, `write_run_info`, `loop`, `finish`."
 
     def __init__(self, config: TrainConfig, folder: str | Path):
+        config = settled(config)
         self.config = config
         self.folder = RunFolder(folder)
         self.step_done = 0
@@ -94,7 +96,6 @@ class Trainer:
         self._saved: Any = None  # step and best of the newest checkpoint
         self._judged: tuple[int, dict[str, Any] | None] = (-1, None)  # step and what was found
 
-        join_processes(config.device)
         self.start = on_main(self._start)
         self.run_id = self.folder.tracker_id(resumed=self.start is not None)
         self.data_before = self.folder.read("data") if self.start else {}
@@ -209,7 +210,7 @@ class Trainer:
             with nullcontext() if is_last else not_yet:
                 terms = self.losses(batch.to(self.device), draw)
                 if is_measured:
-                    self.balance.add(terms, len(parts))
+                    self.balance.add(terms, len(parts), self.trained.scale)
                 self.accelerator.backward(terms.total / len(parts))
             values = {k: (v.detach().cpu(), w.cpu()) for k, (v, w) in terms.by_name().items()}
             computed.append(PartLosses(draw.t, values, terms.total.item()))
@@ -231,7 +232,7 @@ class Trainer:
         self.accelerator.print(
             f"step {self.step_done} skipped: loss or gradient is not finite, pictures {pictures}"
         )
-        if self.skipped_in_a_row >= 5:
+        if self.skipped_in_a_row >= 5 and self.trained.scale <= 1:  # else it is still falling
             if self.is_main:
                 self.checkpoint()
             raise FloatingPointError(
@@ -255,6 +256,7 @@ class Trainer:
                     data=content,
                     skipped=self.skipped,
                     balance=self.balance.state(),
+                    scaler=self.trained.scaler and self.trained.scaler.state_dict(),
                     latent_net=self.latent_net,
                 ),
                 self.config.checkpoints_total_limit,
@@ -279,6 +281,8 @@ class Trainer:
             self.step_done = state["step"]
             self.skipped = state.get("skipped", 0)
             self.balance.load_state(state.get("balance", {}))
+            if trained.scaler and state.get("scaler"):
+                trained.scaler.load_state_dict(state["scaler"])
         self.log.history = self.folder.read_rows(self.step_done)
         self.best = self.log.best()
         if self.is_main:  # what came after the checkpoint will come again
@@ -479,7 +483,7 @@ def train(config: TrainConfig) -> RunResult:
     "Train a branch, a LoRA or the UNet. Raises ConfigError, FileNotFoundError, ValueError or DeadTerm, each with one sentence, before the first step."
     config.check()
     check_family(config, known_family(config.base))
-    join_processes(config.device)
+    config = settled(config)
     path = on_main(lambda: choose_run_folder(config))
     try:
         run = Trainer(config, path)

@@ -51,7 +51,7 @@ from masked_ldm.data.photographs import (
     build_photographs,
     holds_photographs,
 )
-from ..device import DEVICE_HELP, choose_device
+from ..device import DEVICE_HELP, choose_device, choose_precision
 from ..files import parse_shard
 from ..models import load_base
 from masked_ldm.settings import (
@@ -252,11 +252,12 @@ def run_cache(line: Namespace, how: ShareSettings, reading: CacheSettings) -> No
     "Encode pictures and captions once, for runs with --cache_latents True and these settings; what is there and whole stays."
     given = {name: getattr(line, name) for name in _OF_THE_RUN}
     config = TrainConfig.make(data_root=line.manifest, **given)
-    base = None
+    device, base = choose_device(how.device), None
+    config.mixed_precision = choose_precision(config.mixed_precision, device)
     for split, manifest in find_manifests(line.manifest).items():
         if split not in line.split:
             continue
-        base = base or load_base(config.base, choose_device(how.device))
+        base = base or load_base(config.base, device)
         dataset = PersonDataset(manifest, config.size, crop=config.crop)
         folder = cache_folder(config.cache_dir, dataset, config.base, config.mixed_precision)
         made = build_cache(

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from .dataset import PersonDataset
 from ..files import file_sha256, json_sha256, parse_shard, remove_leftovers, write_whole
-from ..models import Base
+from ..models import PRECISIONS, Base
 from ..settings import first_line
 from ..viz import progress
 
@@ -35,13 +35,13 @@ def cache_bytes(
     captions: int,  # of all of them together
     side: int,  # of their latents
     width: int,  # of a text embedding
-    mixed_precision: str = "no",  # of the run: "no" keeps float32, "bf16" bfloat16
+    mixed_precision: str = "no",  # of the run: "no" keeps float32, others two bytes
     tokens: int = 77,  # of a caption
     channels: int = 4,  # of the latents
 ) -> int:
     "Count the bytes that a cache takes on disk, but for its headers."
     numbers = pictures * 2 * (2 * channels) * side**2 + captions * tokens * width
-    return numbers * (2 if mixed_precision == "bf16" else 4)
+    return numbers * (4 if mixed_precision == "no" else 2)
 
 # %% ../../nbs/data/08_latent_cache.ipynb #25e5150e
 CACHE_VERSION = 1  # of what is written here, and how it is computed
@@ -68,7 +68,7 @@ def _cache_settings(
     dataset: PersonDataset, base: Base, mixed_precision: str, rows: int
 ) -> dict[str, Any]:  # JSON values
     "List everything that the numbers in a cache depend on, but for the pictures and captions."
-    text_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
+    text_dtype = PRECISIONS.get(mixed_precision)
     encoders = [_network_sha256(e, dtype=text_dtype) for e in base.text_encoders]
     words = [json_sha256(tokenizer.get_vocab())[:16] for tokenizer in base.tokenizers]
     return dict(
@@ -173,7 +173,8 @@ def _in_precision(
     dtype: torch.dtype, encode: Callable[[Any], Tensor], given: Any, device: str, whose: str
 ) -> Tensor:  # on the CPU
     "Encode as a run in this precision does. Raises ValueError for numbers that are not finite."
-    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    half = dtype == torch.bfloat16 or (dtype == torch.float16 and device != "cpu")
+    with torch.autocast(device, dtype if half else None, enabled=half):
         encoded = encode(given)
     if not encoded.isfinite().all():
         raise ValueError(
@@ -208,11 +209,11 @@ def _stack_pixels(samples: list[dict[str, Any]]) -> Tensor:
     return torch.stack([sample["pixels"] for sample in samples])
 
 
-def _with_text_halved(base: Base) -> Base:
-    "A base whose text encoders are bfloat16, as in a run with bf16; the given one stays."
+def _with_text_halved(base: Base, dtype: torch.dtype) -> Base:
+    "A base whose text encoders are as in a run with bf16 or fp16; the given one stays."
 
     def halved(part: str, network: Any) -> Any:
-        return copy.deepcopy(network).bfloat16() if part.startswith("text_encoder") else network
+        return copy.deepcopy(network).to(dtype) if part.startswith("text_encoder") else network
 
     more = {part: halved(part, network) for part, network in base.more.items()}
     return replace(base, text_encoder=halved("text_encoder", base.text_encoder), more=more)
@@ -222,10 +223,9 @@ def _encode_shards(
     dataset: PersonDataset, base: Base, abouts: Sequence[dict[str, Any]], workers: int = 0
 ) -> Iterator[dict[str, Tensor]]:  # moments (n,2,8,h,w), text (m,77,D), empty (77,D)
     "Encode shards: each picture and its mirror image, all captions, and the empty one."
-    dtype = torch.float32
-    if abouts[0]["settings"]["mixed_precision"] == "bf16":  # the text encoder as training has it
-        dtype = torch.bfloat16
-        base = _with_text_halved(base)
+    dtype = PRECISIONS.get(abouts[0]["settings"]["mixed_precision"], torch.float32)
+    if dtype == torch.bfloat16 or (dtype == torch.float16 and base.device.type != "cpu"):
+        base = _with_text_halved(base, dtype)
     plain = copy.copy(dataset)
     plain.cache = None
     batches = [_cut(about) for about in abouts]
@@ -274,7 +274,7 @@ def build_cache(
     dataset: PersonDataset,
     base: Base,  # encodes where it is
     folder: str | Path,  # where the shards go
-    mixed_precision: str = "no",  # "no" or "bf16", as training will have it
+    mixed_precision: str = "no",  # "no", "bf16" or "fp16", as training will have it
     shard: str | tuple[int, int] | None = None,  # "i/n": make every n-th, from the i-th
     rows: int = 256,  # pictures a shard
     workers: int = 0,  # processes that read pictures
@@ -310,7 +310,7 @@ def cache_folder(
     cache_dir: str | Path,  # where caches are kept
     dataset: PersonDataset,
     base: str,  # its name, as in `TrainConfig`
-    mixed_precision: str = "no",  # "no" or "bf16"
+    mixed_precision: str = "no",  # "no", "bf16" or "fp16"
 ) -> Path:
     "Name the folder in which a run looks for the cache of a data set."
     content = dataset.info["content"][:10]

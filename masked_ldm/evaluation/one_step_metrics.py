@@ -26,7 +26,7 @@ from masked_ldm.evaluation.statistics import (
 from ..face_loss import FaceLoss
 from ..files import keyed_generator
 from ..masked_lpips import MaskedLPIPS
-from ..models import Base, ControlledUNet, own_precision
+from ..models import Base, ControlledUNet, never_in_float16, own_precision
 from ..one_step import add_noise, diffusion_target, predict_x0
 from ..sample import MaskedLDMPipeline, Run, by_parts, pictures_at_once
 from ..training.networks import judge_of_faces, judge_of_people, people_judge
@@ -70,10 +70,12 @@ def _score_batch(
         x0 = base.decode(predict_x0(output, x_t, t, scheduler)).clamp(-1, 1)
         target = diffusion_target(latents, noise, t, scheduler)
         error = ((x0 - batch.pixels) / 2).square().mean((1, 2, 3))
-        distance = judge_faces(x0, batch.pixels, boxes)
+        with never_in_float16(x0.device.type):
+            distance = judge_faces(x0, batch.pixels, boxes)
+            of_people = judge_people(x0, batch.pixels, batch.mask)
         columns.append(
             dict(
-                person=judge_people(x0, batch.pixels, batch.mask),
+                person=of_people,
                 face=torch.where(with_face, distance, torch.nan),
                 noise=(output - target).square().mean((1, 2, 3)),
                 psnr=-10 * error.log10(),

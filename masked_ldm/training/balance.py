@@ -63,6 +63,7 @@ class Balance:
         self,
         terms: Terms,  # of a part of the step, before its backward pass
         parts: int,  # of the step
+        scaled: float = 1.0,  # by how much the step's own gradients are
     ) -> None:
         "Add the perceptual gradient of a part of a step."
         if not self._perceptual:
@@ -71,7 +72,7 @@ class Balance:
         if not perceptual.requires_grad:  # nobody in these pictures
             return
         found = torch.autograd.grad(
-            perceptual / parts, self.weights, retain_graph=True, allow_unused=True
+            perceptual * (scaled / parts), self.weights, retain_graph=True, allow_unused=True
         )
         for total, gradient in zip(self._perceptual, found, strict=True):
             if gradient is not None:

@@ -382,7 +382,10 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", above=0)
     device: str = setting("auto", DEVICE_HELP, may_change=True)
     mixed_precision: str = setting(
-        "no", "autocast of the networks; losses stay float32", choices=("no", "bf16")
+        "no",
+        "autocast of the networks, losses stay float32: bf16, fp16 with a scaler, or auto, the best "
+        "that the device has",
+        choices=("auto", "no", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = setting(
         False,

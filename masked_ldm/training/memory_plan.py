@@ -44,7 +44,7 @@ from ..families import STABLE_DIFFUSION, STABLE_DIFFUSION_3, STABLE_DIFFUSION_XL
 from ..files import read_json
 from ..latent_features import LatentFeatures, PublishedLatentVGG, read_latent_config
 from ..masked_lpips import MaskedLPIPS
-from ..models import BASES, Base, as_base, known_family, latent_factor
+from ..models import BASES, PRECISIONS, Base, as_base, known_family, latent_factor
 from ..pose_loss import CriticHeatmaps, PoseLoss, VitPoseHeatmaps
 from .config import TrainConfig, training_pictures
 from .data import caches_latents
@@ -409,8 +409,8 @@ def _step(
     model = trainable.unet()
     batch = _batch(base, config, pictures, cached)
     draw = _draw(base, config.size, pictures, decoded)
-    bf16 = config.mixed_precision == "bf16"
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
+    dtype = PRECISIONS.get(config.mixed_precision)
+    autocast = partial(torch.autocast, "cpu", dtype or torch.bfloat16, enabled=bool(dtype))
     if gradients:
         for weight in trained.parameters():
             weight.grad = _like(weight) if weight.requires_grad else None
@@ -419,7 +419,7 @@ def _step(
         terms = training_losses(base, model, objective, batch, draw, autocast, config)
         terms.total.backward()
 
-    with _norms_in_float32(bf16):  # also in the backward pass, where blocks may be run again
+    with _norms_in_float32(bool(dtype)):  # also in the backward pass, where blocks may be run again
         counted = cost(forward_and_backward)
     return counted, held
 

@@ -103,6 +103,7 @@ class Trained:
         )
         self.ema = EMAModel(self.weights, decay=config.ema_decay) if config.use_ema else None
         self.clip = accelerator.clip_grad_norm_
+        self.scaler = accelerator.scaler  # None but with fp16
 
     def update(
         self,
@@ -114,12 +115,19 @@ class Trained:
             group["lr"] = learning_rate
         norm = float(self.clip(self.weights, max_grad_norm))
         if not math.isfinite(norm):
+            if self.scaler:
+                self.optimizer.step()  # which changes no weight, and lowers the scale
             self.optimizer.zero_grad()
             return norm
         self.optimizer.step()
         if self.ema:
             self.ema.step(self.weights)
         return norm
+
+    @property
+    def scale(self) -> float:
+        "What losses are multiplied by, so that their gradients do not vanish in float16."
+        return self.scaler.get_scale() if self.scaler else 1.0
 
     def decay(self) -> float | None:  # None where the run does not average
         "Tell the average's decay at the last step."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import Batch
 from ..masked_lpips import region_mask, shrink_mask
-from ..models import Base, ControlledUNet
+from ..models import Base, ControlledUNet, never_in_float16
 from ..objective import MaskAwareObjective, Terms, warm_up
 from ..one_step import add_noise, diffusion_target, predict_x0
 from ..pose_loss import PoseTerm, people_boxes
@@ -219,6 +219,7 @@ def training_losses(
             text_emb,
             base,
         )
+    with autocast(), never_in_float16(noisy.device.type):
         return objective(  # Eq. (3)
             l_ldm,
             x0_hat,
