@@ -27,6 +27,7 @@ PAPERMILL = [
     "experiments/processes",
     "experiments/ablations",
     "experiments/report",
+    "experiments/verdicts",
 ]  # notebooks with parameters
 
 
