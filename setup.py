@@ -26,7 +26,7 @@ setup(
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Natural Language :: English",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        *(f"Programming Language :: Python :: {version}" for version in cfg["pythons"].split()),
     ],
     packages=find_packages(include=["masked_ldm", "masked_ldm.*"]),
     include_package_data=True,

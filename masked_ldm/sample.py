@@ -89,9 +89,9 @@ def open_run(
     path: str | Path,  # run folder, or Hub id of one
 ) -> Run:
     "Open a run. Raises FileNotFoundError or ValueError that names the file that is missing or wrong."
-    folder = Path(path)
-    if not os.path.exists(folder) and str(path).count("/") == 1:
-        folder = _fetch_run(str(path))
+    folder, name = Path(path), Path(path).as_posix()
+    if not os.path.exists(folder) and name.count("/") == 1:
+        folder = _fetch_run(name)
     file = folder / "config.json"
     if not os.path.isfile(file):
         raise FileNotFoundError(

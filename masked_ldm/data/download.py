@@ -7,7 +7,6 @@ __all__ = ['ANNOTATIONS_URL', 'FetchError', 'fetch', 'download_annotations', 'do
 
 # %% ../../nbs/data/10_download.ipynb #fa84615a
 import errno
-import os
 import re
 import shutil
 import threading
@@ -32,7 +31,7 @@ from tenacity import (
 
 from .filtering import FilterRule, select_images
 from .images import ImageError, check_image
-from ..files import lock_folder, write_json, write_whole
+from ..files import lock_folder, put_in_place, write_json, write_whole
 from ..viz import progress
 
 # %% ../../nbs/data/10_download.ipynb #bfeacf9a
@@ -211,7 +210,7 @@ def fetch(
         received = attempts(_attempt, url, part, check, timeout, stop)
     except (FetchError, _TryAgain) as e:
         raise FetchError(str(e), url) from None
-    os.replace(part, path)
+    put_in_place(part, path)
     _tag_path(part).unlink(missing_ok=True)
     return received
 

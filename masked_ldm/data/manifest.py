@@ -10,6 +10,7 @@ __all__ = ['FACES', 'CAPTION_TOKENS', 'MANIFEST_VERSION', 'ManifestSettings', 'c
 import hashlib
 import json
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -140,11 +141,15 @@ def _is_long(caption: str) -> bool:
 
 
 def _way(folder: Path, out: Path) -> str:
-    "The relative path from `out` to `folder`; links keep their own names, which outlive what they point to."
-    way = os.path.relpath(folder.absolute(), out.absolute())
-    if (out.resolve() / way).resolve() == folder.resolve():
-        return way
-    return os.path.relpath(folder.absolute(), out.resolve())  # a link lies between
+    """The relative path from `out` to `folder`, with slashes; links keep their own names, which outlive
+    what they point to. Raises ValueError for two disks of Windows."""
+    try:
+        way = os.path.relpath(folder.absolute(), out.absolute())
+        if (out.resolve() / way).resolve() != folder.resolve():  # a link lies between
+            way = os.path.relpath(folder.absolute(), out.resolve())
+    except ValueError:
+        raise ValueError(f"{out} and the pictures in {folder} must be on one disk") from None
+    return way.replace(os.sep, "/")
 
 
 def _manifest_rows(
@@ -166,7 +171,7 @@ def _manifest_rows(
             dropped["fewer faces than min_faces"] += 1
             continue
         kept = {k: v for k, v in row.items() if k not in ("face_boxes", "license_name", "url")}
-        kept["file_name"] = os.path.normpath(os.path.join(way, row["file_name"]))
+        kept["file_name"] = posixpath.normpath(posixpath.join(way, row["file_name"]))
         kept["captions"] = row["captions"] or [""]
         kept["faces"] = result["faces"]
         kept["license_name"] = row["license_name"]
@@ -220,7 +225,7 @@ def _write_manifest(rows: list[dict], out: Path, info: dict) -> None:
             content=content.hexdigest(),
             sha256=body.hexdigest(),
         )
-        info_path.write_text(json.dumps(info, indent=1), encoding="utf-8")
+        info_path.write_text(json.dumps(info, indent=1), encoding="utf-8", newline="\n")
 
 # %% ../../nbs/data/06_manifest.ipynb #35f2dd22
 MANIFEST_VERSION = 4

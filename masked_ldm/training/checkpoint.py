@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import file_sha256, read_json, set_usual_mode, write_json
+from ..files import file_sha256, put_in_place, read_json, set_usual_mode, write_json
 from .config import ConfigError, TrainConfig, resume_differences
 from .trainable import WEIGHTS
 
@@ -81,14 +81,27 @@ def _steps(folder: Path) -> list[Path]:
     return sorted((p for p in named if p.is_dir()), key=lambda p: int(p.name[5:]))
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
-    "Rename a folder that is written; what had its name goes last."
+def _replace_folder(temporary: Path, final: Path) -> None:
+    "Rename a folder that is written; what had its name goes last, and stays where that fails."
     replaced = final.with_name(f".tmp-old-{final.name}")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(final, replaced)
-    os.replace(temporary, final)
+        put_in_place(final, replaced)
+    try:
+        put_in_place(temporary, final)
+    except OSError:
+        with suppress(OSError):
+            put_in_place(replaced, final)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    "Remove a checkpoint that is no longer wanted; one that somebody holds open stays, whole."
+    gone = checkpoint.with_name(f".tmp-gone-{checkpoint.name}")
+    with suppress(OSError):
+        put_in_place(checkpoint, gone, tries=1)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _kind(branch: Any) -> str:
@@ -105,7 +118,7 @@ def save_branch(
     try:
         branch.save_pretrained(temporary)
         set_usual_mode(*temporary.glob("*.safetensors"))
-        _put_in_place(temporary, folder)
+        _replace_folder(temporary, folder)
     except (OSError, SafetensorError) as e:
         raise OSError(f"{folder} could not be written ({e})") from None
     finally:
@@ -153,7 +166,7 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         _write_files(temporary, branch, optimizer, dict(state, step=step), ema)
-        _put_in_place(temporary, final)
+        _replace_folder(temporary, final)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
@@ -161,7 +174,7 @@ def save_checkpoint(
         ) from None
     for old in _steps(folder)[:-keep]:
         if int(old.name[5:]) not in (spare, step):
-            shutil.rmtree(old)
+            _remove(old)
     return final
 
 # %% ../../nbs/training/08_checkpoint.ipynb #20cfde16
@@ -201,7 +214,7 @@ def latest_checkpoint(
         with suppress(OSError, ValueError):  # killed while it was saved again: it comes back
             verify(replaced)
             if not final.exists():
-                os.replace(replaced, final)
+                put_in_place(replaced, final)
     for half_written in folder.glob(".tmp-*"):
         shutil.rmtree(half_written, ignore_errors=True)
     for path in reversed(_steps(folder)):
@@ -317,5 +330,5 @@ def set_aside_later(
         return []
     later = [path for path in _steps(folder) if int(path.name[5:]) > step]
     for path in later:
-        os.replace(path, path.with_name(f"abandoned-{path.name}"))
+        put_in_place(path, path.with_name(f"abandoned-{path.name}"))
     return [path.name for path in later]

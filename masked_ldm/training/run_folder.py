@@ -77,7 +77,7 @@ class RunFolder:
     def append_row(self, row: dict[str, Any]) -> None:
         "Add a line to metrics.jsonl. Raises OSError that names it."
         try:
-            with open(self.metrics, "a", encoding="utf-8") as file:
+            with open(self.metrics, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as e:
             raise OSError(f"{self.metrics} cannot be written ({e.strerror or e})") from None
