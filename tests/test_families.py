@@ -127,10 +127,10 @@ def test_draws_as_diffusers_does(finished, bases, name, kind, tmp_path):
     assert same[0].tobytes() == same[1].tobytes()
 
 
-@each_base
-def test_is_evaluated(finished, name, tmp_path):
+@each_cell
+def test_is_evaluated(finished, name, kind, tmp_path):
     how = ["--n", "4", "--reference", "4", "--sample_steps", "1", "--sample_scheduler", "dpm"]
-    run = finished(name, "lora")
+    run = finished(name, kind)
     code, said = in_process(evaluate.main, run.path, *how, "--out", tmp_path / "judged")
     assert code == 0, said
     report = json.loads((tmp_path / "judged" / "evaluation.json").read_text(encoding="utf-8"))
