@@ -114,9 +114,10 @@ class StableDiffusionXL(Family):
     in_one_file = ("first_stage_model.", "conditioner.embedders.1.")
 
     def embed(self, base: Any, texts: list[str]) -> Tensor:
-        "Captions to embeddings; the empty one is zeros, as its pipelines have it."
-        written = torch.tensor([bool(text) for text in texts], device=base.device)
-        return _two_encoders(base, texts, slice(1, 2)) * written[:, None, None]
+        "Captions to embeddings; the empty one is zeros where its pipelines have it so."
+        written = [bool(text) or not base.zeros_for_empty for text in texts]
+        kept = torch.tensor(written, device=base.device)[:, None, None]
+        return _two_encoders(base, texts, slice(1, 2)) * kept
 
     def arguments(self, base: Any, text_emb: Tensor, x_t: Tensor) -> dict[str, Any]:
         "Tokens, and beside them the summary, size, corner of the crop, and size once more."
@@ -185,11 +186,16 @@ def family_of(
     "Tell the family of a base by its parts. Raises ValueError for none that is known."
     kinds = {part: kind[-1] for part, kind in index.items() if isinstance(kind, list) and kind}
     there = {part for part, kind in kinds.items() if kind}
-    for family in FAMILIES:
-        own = family.parts[family.network].__name__
-        if there >= family.parts.keys() and kinds[family.network] == own:
-            return family
-    lacking = [part for part in Family.parts if part not in there]
+    looks_like = STABLE_DIFFUSION
+    for family in FAMILIES[:2]:
+        if {family.network, "text_encoder_2"} <= kinds.keys():
+            looks_like = family
+            break
+    own = {part: kind.__name__ for part, kind in looks_like.parts.items()}
+    compared = [part for part in own if part == looks_like.network or part.startswith("text_enc")]
+    if there >= own.keys() and all(kinds[part] == own[part] for part in compared):
+        return looks_like
+    lacking = [part for part in looks_like.parts if part not in there]
     without = f" without {', '.join(lacking)}" if lacking else ""
     raise ValueError(
         f"base {path} is a {index.get('_class_name', '?')}{without}; "

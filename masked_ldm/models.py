@@ -94,6 +94,7 @@ class Base:
     path: str  # where it was loaded from
     family: Family = STABLE_DIFFUSION
     more: dict[str, Any] = field(default_factory=dict)  # a second text encoder and its tokenizer
+    zeros_for_empty: bool = True  # is the empty caption zeros, where the family knows that?
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -314,6 +315,22 @@ def _load_network(kind: Any, folder: Path, what: str, dtype: torch.dtype) -> Any
     return network
 
 
+def _check_noise(scheduler: dict[str, Any], vae: dict[str, Any], family: Family, path: str) -> None:
+    "Raises ValueError for noise, or latents, of another kind than the family's."
+    name = scheduler.get("_class_name", "")
+    is_flow = "FlowMatch" in name
+    if is_flow != family.is_flow or "EDM" in name:
+        raise ValueError(
+            f"base {path} is a {family.called} with a {name}, whose noise is of another kind than "
+            "the family's"
+        )
+    if vae.get("latents_mean"):
+        raise ValueError(
+            f"base {path} has an autoencoder with latents_mean, a shift of each channel, which no "
+            "base has that is known here"
+        )
+
+
 def _load_folder(path: str, dtype: torch.dtype) -> tuple[Family, dict[str, Any]]:
     "Family and parts of a Stable Diffusion in diffusers' form."
     folder, family = Path(path), _family(path)
@@ -323,10 +340,15 @@ def _load_folder(path: str, dtype: torch.dtype) -> tuple[Family, dict[str, Any]]
             f"base folder {path} lacks {', '.join(missing)}: it must be a Stable Diffusion folder "
             "in diffusers format with safetensors weights"
         )
-    latents = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
+    vae = read_json(folder / "vae" / "config.json")
+    _check_noise(read_json(folder / "scheduler" / "scheduler_config.json"), vae, family, path)
+    latents = vae.get("latent_channels", 4)
     seen = read_json(folder / family.network / "config.json").get("in_channels", latents)
     _check_channels(seen, latents, path)
     parts: dict[str, Any] = {}
+    index = read_json(folder / "model_index.json")
+    if "force_zeros_for_empty_prompt" in index:
+        parts["zeros_for_empty"] = bool(index["force_zeros_for_empty_prompt"])
     with quiet():
         for part, kind in family.parts.items():
             if _has_weights(part):
@@ -377,6 +399,7 @@ def _load_file(path: str, dtype: torch.dtype) -> tuple[Family, dict[str, Any]]:
             pipeline = family.pipeline.from_single_file(path, torch_dtype=dtype, **without)
     except Exception as e:
         source = BASES["sd15" if without else "sdxl"]
+        source += ", for version 2 one of its own" if without else ""
         raise ValueError(
             f"base {path} cannot be read: {first_line(e)}; the tokenizer and the configurations "
             f"that belong to it come from {source}, its cache or the internet"
@@ -395,26 +418,32 @@ def as_base(
     first = ("vae", family.network, "text_encoder", "tokenizer", "scheduler")
     vae, unet, text_encoder, tokenizer, scheduler = (parts[part] for part in first)
     more = {part: value for part, value in parts.items() if part not in first}
-    return Base(vae, unet, text_encoder, tokenizer, scheduler, path, family, more)
+    zeros = more.pop("zeros_for_empty", True)
+    return Base(vae, unet, text_encoder, tokenizer, scheduler, path, family, more, zeros)
 
 
 def known_family(
     name: str,  # as of a base
 ) -> Family | None:
     "Tell a base's family before it is loaded or fetched; None where nothing here tells. Raises ValueError."
-    named = dict(sdxl=STABLE_DIFFUSION_XL, sd3=STABLE_DIFFUSION_3)
+    named = {BASES["sdxl"]: STABLE_DIFFUSION_XL, BASES["sd3"]: STABLE_DIFFUSION_3}
     path = BASES.get(name, name)
     if Path(path).is_dir():
         return _family(path)
     if Path(path).is_file():
         return _read_file(path)
-    return named.get(name)
+    if path.count("/") == 1 and path not in named:
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(path, "model_index.json")
+        return family_of(read_json(index), path) if isinstance(index, str) else None
+    return named.get(path)
 
 
 def load_base(
     name: str | Path = "tiny",  # a key of `BASES`, a folder, a .safetensors file or a hub id
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,  # of the weights
+    dtype: torch.dtype = torch.float32,  # of the weights; float16 leaves the autoencoder out
 ) -> Base:  # frozen and in eval mode
     "Load a base from safetensors. Raises FileNotFoundError or ValueError that names the file."
     name = str(name)
@@ -425,8 +454,11 @@ def load_base(
         family, parts = _load_file(path, dtype)
     else:
         family, parts = _load_folder(path if Path(path).is_dir() else _fetch(path), dtype)
-    for part in filter(_has_weights, parts):
+    for part in filter(_has_weights, family.parts):
         parts[part] = parts[part].to(device).eval().requires_grad_(False)
+    if dtype == torch.float16:
+        parts["vae"].float()
+        _keep_wide(parts["vae"], torch.device(device).type)
     return as_base(family, parts, name)
 
 # %% ../nbs/00_models.ipynb #ab12cd02
@@ -456,10 +488,12 @@ def set_precision(
     if mixed_precision == "no" or (mixed_precision == "fp16" and where.type == "cpu"):
         return
     dtype = PRECISIONS[mixed_precision]
-    for encoder in base.text_encoders:
-        nn.Module.to(encoder, dtype)
+    halved = list(base.text_encoders)
     if where.type != "cpu":  # there autocast gives norms float32, so their weights stay so
-        nn.Module.to(base.unet, dtype)  # diffusers' own warns of weights it has not
+        halved.append(base.unet)
+    for network in halved:
+        for weight in network.parameters():  # a table of positions keeps its digits
+            weight.data = weight.data.to(dtype)
     if dtype == torch.float16:
         _keep_wide(base.vae, where.type)
 

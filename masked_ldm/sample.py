@@ -160,6 +160,8 @@ class MaskedLDMPipeline(DiffusionPipeline):
         "Make a pipeline of loaded parts. Raises ValueError for a strength that cannot be."
         trained = Branch(base, branch) if isinstance(branch, ControlNetModel) else branch
         kind, without = _KINDS[base.family.called]
+        if kind is _StableDiffusionXL:
+            without = dict(force_zeros_for_empty_prompt=base.zeros_for_empty)
         scheduler = base.scheduler
         if not base.family.is_flow:
             scheduler = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
@@ -232,6 +234,14 @@ class MaskedLDMPipeline(DiffusionPipeline):
         with own_precision(self):
             return super().__call__(*args, **{**side, **kwargs})  # type: ignore[misc]  # a subclass has one
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        "Move all of it, also the parts that are not drawn with."
+        super().to(*args, **kwargs)
+        networks = [self.base_unet, self.trained.network if self.trained else None]
+        for network in filter(None, networks):
+            network.to(self.device)
+        return self
+
     @property
     def denoiser(self) -> Any:
         "The network that predicts, with what was trained."
@@ -242,6 +252,7 @@ class MaskedLDMPipeline(DiffusionPipeline):
         "The base's parts, shared with this pipeline."
         parts = {part: getattr(self, part) for part in self.family.parts}
         parts[self.family.network] = self.base_unet or self.denoiser
+        parts["zeros_for_empty"] = self.config.get("force_zeros_for_empty_prompt", True)
         return as_base(self.family, parts, self.name_or_path)
 
     @property

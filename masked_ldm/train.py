@@ -228,11 +228,12 @@ class Trainer:
         "Count a step whose gradient is not finite. Raises FloatingPointError after five in a row."
         self.skipped += 1
         self.skipped_in_a_row += 1
-        pictures = gather_object(image_ids)
-        self.accelerator.print(
-            f"step {self.step_done} skipped: loss or gradient is not finite, pictures {pictures}"
-        )
-        if self.skipped_in_a_row >= 5 and self.trained.scale <= 1:  # else it is still falling
+        pictures, scale = gather_object(image_ids), self.trained.scale
+        why = f"loss or gradient is not finite, pictures {pictures}"
+        if scale > 1:  # fp16's scaler is still looking for one that fits
+            why = f"a gradient left float16's range, the loss is scaled by {scale:g} now"
+        self.accelerator.print(f"step {self.step_done} skipped: {why}")
+        if self.skipped_in_a_row >= 5 and scale <= 1:
             if self.is_main:
                 self.checkpoint()
             raise FloatingPointError(

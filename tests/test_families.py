@@ -1,6 +1,7 @@
 "Other families of bases: what can be trained beside each trains, resumes, draws, is judged and opens elsewhere."
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from safetensors.torch import load_file
 
 from masked_ldm import evaluate
 from masked_ldm.families import FAMILIES
-from masked_ldm.models import known_family, load_base
+from masked_ldm.models import known_family, load_base, set_precision
 from masked_ldm.sample import MaskedLDMPipeline, sample
 from masked_ldm.toy.bases import write_small_base
 from masked_ldm.train import TrainConfig, train
 from masked_ldm.training.config import ConfigError
-from masked_ldm.training.trainable import WEIGHTS, check_family
+from masked_ldm.training.hub import model_card
+from masked_ldm.training.trainable import WEIGHTS, check_family, make_trainable
 
 BASES = ("sd2", "sdxl", "sd3")
 CELLS = [(base, kind) for base in BASES[:2] for kind in WEIGHTS] + [("sd3", "lora")]
@@ -180,3 +182,81 @@ def test_a_named_base_is_known_before_it_is_fetched():
     with pytest.raises(ConfigError, match="trainable unet cannot be with base sd3"):
         config = TrainConfig(trainable="unet", base="sd3")
         check_family(config, known_family("sd3"))
+
+
+def test_beside_float16_an_autoencoder_computes_in_float32(bases):
+    "Also where a pipeline is asked for float16: that of Stable Diffusion XL overflows in it."
+    pipeline = MaskedLDMPipeline.from_pretrained(bases["sdxl"], torch_dtype=torch.float16)
+    seen = []
+    pipeline.vae.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    latents = torch.randn(1, 4, 16, 16, dtype=torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        pipeline.vae.decode(latents)
+    assert seen == [torch.float32] and pipeline.unet.dtype == torch.float16
+
+
+def test_noise_of_another_kind_is_refused(bases, tmp_path):
+    spoilt = tmp_path / "edm"
+    shutil.copytree(bases["sdxl"], spoilt)
+    scheduler = spoilt / "scheduler" / "scheduler_config.json"
+    told = json.loads(scheduler.read_text(encoding="utf-8"))
+    scheduler.write_text(json.dumps(told | dict(_class_name="EDMEulerScheduler")), encoding="utf-8")
+    with pytest.raises(ValueError, match="EDMEulerScheduler, whose noise is of another kind"):
+        load_base(spoilt)
+    scheduler.write_text(json.dumps(told), encoding="utf-8")
+    vae = spoilt / "vae" / "config.json"
+    told = json.loads(vae.read_text(encoding="utf-8"))
+    vae.write_text(json.dumps(told | dict(latents_mean=[1.0] * 4)), encoding="utf-8")
+    with pytest.raises(ValueError, match="latents_mean, a shift of each channel"):
+        load_base(spoilt)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_empty_caption_is_what_the_base_has_it_to_be(bases, tmp_path, zeros):
+    folder = tmp_path / "base"
+    shutil.copytree(bases["sdxl"], folder)
+    index = folder / "model_index.json"
+    told = json.loads(index.read_text(encoding="utf-8"))
+    told["force_zeros_for_empty_prompt"] = zeros
+    index.write_text(json.dumps(told), encoding="utf-8")
+    base = load_base(folder)
+    assert bool(base.embed([""]).any()) is not zeros and base.embed(["a man"]).any()
+    pipeline = MaskedLDMPipeline.from_parts(base)
+    assert pipeline.config.force_zeros_for_empty_prompt is zeros
+    assert pipeline.base.zeros_for_empty is zeros
+
+
+def test_a_table_of_positions_keeps_its_digits_and_goes_along(bases):
+    base = load_base(bases["sd3"])
+    config = TrainConfig(trainable="lora", base="sd3", mixed_precision="bf16")
+    lora = make_trainable(config, base)
+    set_precision(base, "bf16", torch.device("cuda"))  # where weights are halved; they stay here
+    assert base.unet.dtype == lora.network.dtype == torch.bfloat16
+    assert base.unet.pos_embed.pos_embed.dtype == torch.float32
+    x_t, text_emb = torch.randn(2, 16, 16, 16), base.embed(["a man", "a woman"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        of_both = [
+            base.predict(network, x_t, torch.tensor([20, 900]), text_emb)
+            for network in (base.unet, lora.network)
+        ]
+    assert torch.equal(*of_both)
+    pipeline = MaskedLDMPipeline.from_parts(base, lora).to("meta")
+    for network in (pipeline.base_unet, lora.network, pipeline.denoiser):
+        assert {buffer.device.type for buffer in network.buffers()} == {"meta"}
+
+
+def test_a_card_names_its_own_base_and_files():
+    said = {
+        name: model_card(
+            TrainConfig(trainable="lora", base=name, preset=f"{name}-lora"),
+            "run",
+            1,
+            "0" * 64,
+            "",
+            dict(versions={}, hardware="", commit=""),
+        )
+        for name in ("sdxl", "sd3")
+    }
+    assert "base_model: stabilityai/stable-diffusion-xl-base-1.0" in said["sdxl"]
+    assert "base_model: stabilityai/stable-diffusion-3-medium-diffusers" in said["sd3"]
+    assert ["kohya" in card for card in said.values()] == [True, False]

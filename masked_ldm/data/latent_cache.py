@@ -282,6 +282,8 @@ def build_cache(
 ) -> dict[str, str]:  # {file name: what was wrong with it} of the shards that were made
     "Make the shards that are missing or cannot be used. Raises ValueError or OSError."
     i, n = parse_shard(shard)
+    if mixed_precision not in ("no", *PRECISIONS):
+        raise ValueError(f"mixed_precision must be no, bf16 or fp16, not {mixed_precision!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..models import BASES
+from ..models import BASES, known_family
 from .config import TrainConfig, changed
 from .trainable import RANK, WEIGHTS
 
@@ -67,8 +67,7 @@ _SAID = {  # what was trained: the card's title, and what opens it
     ),
     "lora": (
         "A LoRA of rank {rank} for",
-        "`lora/pytorch_lora_weights.safetensors` opens by `load_lora_weights` of diffusers, "
-        "`lora/kohya.safetensors` in ComfyUI and A1111",
+        "`lora/pytorch_lora_weights.safetensors` opens by `load_lora_weights` of diffusers",
     ),
     "unet": (
         "A whole UNet that began as that of",
@@ -88,6 +87,9 @@ def model_card(
 ) -> str:  # Markdown with the Hub's header
     "Write the card of a run."
     title, opens = _SAID[config.trainable]
+    family = known_family(config.base)
+    if config.trainable == "lora" and (family is None or family.network == "unet"):
+        opens += ", `lora/kohya.safetensors` in ComfyUI and A1111"
     is_alias = config.base in BASES and config.base != "tiny"
     averaged = ""
     if decay is not None:
@@ -97,7 +99,7 @@ def model_card(
         tag=config.trainable,
         title=title.format(rank=config.lora_rank or RANK),
         opens=opens,
-        hub_base=BASES["sd15"] if is_alias else _public(config.base),
+        hub_base=BASES[config.base] if is_alias else _public(config.base),
         name=name,
         steps=steps,
         manifest=manifest[:12],

@@ -39,6 +39,7 @@ from transformers import (
 
 from ..data.dataset import Batch
 from ..decoder_features import DecoderLPIPS
+from ..device import choose_precision
 from ..face_loss import FaceLoss
 from ..families import STABLE_DIFFUSION, STABLE_DIFFUSION_3, STABLE_DIFFUSION_XL
 from ..files import read_json
@@ -454,12 +455,20 @@ class Plan:
         return f"{self.gib:.1f} GiB and {self.tflop:.2f} TFLOP a step"
 
 
+def _half() -> str:
+    "The half precision that this machine's card has; without a card that of most."
+    has_card = torch.cuda.is_available()
+    return choose_precision("auto", torch.device("cuda")) if has_card else "bf16"
+
+
 def plan(
     config: TrainConfig,
     processes: int = 1,
     pictures: int | None = None,  # in the training set; None: `training_pictures`
 ) -> Plan:
     "Plan a run, before anything is loaded."
+    if config.mixed_precision == "auto":
+        config = replace(config, mixed_precision=_half())
     parts = config.gradient_accumulation_steps
     share = -(-config.batch_size // (processes * parts))
     most, mean = decoded_samples(config)
@@ -505,9 +514,10 @@ def _remedies(config: TrainConfig, processes: int, going_on: bool) -> Iterator[d
     most = checkpointing | dict(decode_batch=1)
     if share > 1:
         most["gradient_accumulation_steps"] = share
-    yield most | dict(mixed_precision="bf16")
+    half = _half() if config.mixed_precision == "no" else config.mixed_precision
+    yield most | dict(mixed_precision=half)
     if find_spec("bitsandbytes"):
-        yield most | dict(mixed_precision="bf16", use_8bit_adam=True)
+        yield most | dict(mixed_precision=half, use_8bit_adam=True)
 
 
 def _would_fit(config: TrainConfig, gib: float, processes: int, going_on: bool) -> str:

@@ -81,6 +81,10 @@ def join_processes(
         processes = int(os.environ.get("WORLD_SIZE", 1))
         where = _device_of(device or "auto", processes)
         joined = PartialState().device if PartialState._shared_state else where
+        if processes > 1 and joined.type != where.type:
+            raise ConfigError(
+                f"device {device!r} cannot be had: these processes were joined on {joined.type}"
+            )
         if processes == 1 and joined != where:  # a second run in one kernel
             AcceleratorState._reset_state(reset_partial_state=True)
         with _torch_device(str(where) if processes == 1 else None):
