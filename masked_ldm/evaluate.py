@@ -444,9 +444,12 @@ def evaluate_models(
     return report
 
 
+_OF_THE_MACHINE = ("out", "device")
+
+
 def _described(settings: EvalSettings, runs: Mapping[str, Run]) -> dict[str, Any]:
     "What is judged, and by which command."
-    flags = {name: value for name, value in asdict(settings).items() if name != "out"}
+    flags = {name: value for name, value in asdict(settings).items() if name not in _OF_THE_MACHINE}
     paths = [run.path for run in runs.values()]
     rows = {name: paper_row(run.config) for name, run in runs.items()}
     return dict(

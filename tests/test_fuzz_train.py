@@ -396,7 +396,7 @@ def test_a_damaged_manifest_in_the_cache_is_built_again(name, body, world, tmp_p
     load_manifest(path)
 
 
-@pytest.mark.parametrize("name, value", [("LOCAL_RANK", "x"), ("ACCELERATE_TORCH_DEVICE", "toast")])
+@pytest.mark.parametrize("name, value", [("LOCAL_RANK", "x"), ("WORLD_SIZE", "two")])
 def test_an_environment_of_no_machine_is_a_sentence(name, value, tmp_path):
     code, text = run(
         *(sys.executable, "-m", "masked_ldm.train", "--out_dir", tmp_path / "run"),
