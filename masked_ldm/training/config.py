@@ -45,6 +45,17 @@ _SD15 = dict(
     dataloader_num_workers=4,
     cache_latents=None,
 )
+_LORA = dict(  # of a base that draws at 1024 pixels
+    _SD15,
+    trainable="lora",
+    size=1024,
+    max_steps=4000,
+    learning_rate=1e-4,
+    gradient_checkpointing=True,
+    checkpointing_steps=500,
+    sample_interval=500,
+    cache_latents=True,
+)
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(cache_latents=False),  # and the defaults below
     "sd15": _SD15,
@@ -57,34 +68,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         lambda2=0.0,
         ldm_face_weight=8.0,
     ),
-    "sdxl-lora": dict(
-        _SD15,
-        base="sdxl",
-        trainable="lora",
-        size=1024,
-        max_steps=4000,
-        learning_rate=1e-4,
-        gradient_checkpointing=True,
-        checkpointing_steps=500,
-        sample_interval=500,
-        sample_steps=30,
-        guidance_scale=5.0,
-        cache_latents=True,
-    ),
+    "sdxl-lora": dict(_LORA, base="sdxl", sample_steps=30, guidance_scale=5.0),
     "sd3-lora": dict(
-        _SD15,
-        base="sd3",
-        trainable="lora",
-        size=1024,
-        max_steps=4000,
-        learning_rate=1e-4,
-        gradient_checkpointing=True,
-        checkpointing_steps=500,
-        sample_interval=500,
-        sample_steps=28,
-        sample_scheduler="dpm",
-        guidance_scale=7.0,
-        cache_latents=True,
+        _LORA, base="sd3", sample_steps=28, sample_scheduler="dpm", guidance_scale=7.0
     ),
 }
 _NAMED = ("tiny", "sd15", "sd15-12gb", "sdxl", "sd3")  # bases, as `masked_ldm.models` knows them
