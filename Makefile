@@ -19,14 +19,16 @@ lint: setup
 	$(BIN)/mypy
 
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
-# nbdev_test keeps what its pages held until it ends: several calls need less memory than one
+# nbdev_test keeps what its pages held until it ends: several calls need less memory than one.
+# What pages and tests write, gigabytes together, lies in a folder that goes with the run.
 test: lint
-	$(IN_VENV) nbdev_test --timing --n_workers 2 --skip_folder_re '^[_.]|^(experiments|howto|training)$$'
-	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/training
-	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/howto
-	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/experiments --file_re '^[a-d]'
-	$(IN_VENV) nbdev_test --timing --n_workers 2 --path nbs/experiments --file_re '^[e-z]'
-	$(IN_VENV) python -m pytest -n 2 --dist worksteal
+	set -e; export $(IN_VENV) TMPDIR="$$(mktemp -d)"; trap 'rm -rf "$$TMPDIR"' EXIT; \
+	nbdev_test --timing --n_workers 2 --skip_folder_re '^[_.]|^(experiments|howto|training)$$'; \
+	nbdev_test --timing --n_workers 2 --path nbs/training; \
+	nbdev_test --timing --n_workers 2 --path nbs/howto; \
+	nbdev_test --timing --n_workers 2 --path nbs/experiments --file_re '^[a-d]'; \
+	nbdev_test --timing --n_workers 2 --path nbs/experiments --file_re '^[e-z]'; \
+	python -m pytest -n 2 --dist worksteal
 
 ablations: setup   # hours; goes on where it was stopped
 	@mkdir -p runs/ablations
