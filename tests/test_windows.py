@@ -181,3 +181,16 @@ def test_the_pythons_are_said_once():
     assert re.findall(r"Python (3\.\d+) or later", said) == [cfg["min_python"]]
     target = f'target-version = "py{cfg["min_python"].replace(".", "")}"'
     assert target in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    workflows = ROOT / ".github/workflows"
+    tests = (workflows / "test.yml").read_text(encoding="utf-8")
+    assert "s/^pythons = //p' settings.ini" in tests and "python: ${{ fromJSON(" in tests
+    pages = (workflows / "pages.yml").read_text(encoding="utf-8")
+    assert re.findall(r'python-version: "(.*)"', pages)[0] in pythons
+
+
+def test_workflows_call_what_make_knows():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for workflow in (ROOT / ".github/workflows").glob("*.yml"):
+        called = re.findall(r"run: make (\w+)", workflow.read_text(encoding="utf-8"))
+        assert called and set(called) <= set(targets)
