@@ -37,8 +37,8 @@ ablations: setup   # hours; goes on where it was stopped
 
 docs: setup
 	@command -v quarto >/dev/null || { echo "The docs site needs Quarto (https://quarto.org/docs/get-started/); the notebooks in nbs/ read well without it."; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
-	$(BIN)/python tests/readme.py   # nbdev_docs writes README.md in Quarto's way
+	set -e; trap '$(BIN)/python tests/readme.py' EXIT; trap 'exit 130' INT TERM; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/nbdev_docs  # it writes README.md in Quarto's way
 
 readme: setup
 	$(BIN)/python tests/readme.py
