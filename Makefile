@@ -10,8 +10,8 @@ setup: .venv/installed
 	@touch $@
 
 train: setup
-	@mkdir -p runs/tiny
-	$(BIN)/papermill nbs/05_train.ipynb runs/tiny/out.ipynb -p T 100 --log-output
+	@mkdir -p runs/repair
+	$(BIN)/papermill nbs/05b_repair.ipynb runs/repair/out.ipynb --log-output
 
 lint: setup
 	$(BIN)/ruff format --check --quiet nbs tests setup.py

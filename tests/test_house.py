@@ -13,6 +13,7 @@ from readme import readme
 
 PAPERMILL = [
     "05_train",
+    "05b_repair",
     "06_evaluate",
     "training/16_trainable",
     "experiments/build_base",

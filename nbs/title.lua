@@ -1,0 +1,11 @@
+-- A page of Markdown opens like a notebook: its first heading is the title, the quotation below it the description.
+function Pandoc(doc)
+  if doc.meta.title or #doc.blocks < 2 then return nil end
+  local heading, quotation = doc.blocks[1], doc.blocks[2]
+  if heading.t ~= "Header" or heading.level ~= 1 or quotation.t ~= "BlockQuote" then return nil end
+  doc.meta.title = pandoc.MetaInlines(heading.content)
+  doc.meta.description = pandoc.MetaInlines(pandoc.utils.blocks_to_inlines(quotation.content))
+  doc.blocks:remove(1)
+  doc.blocks:remove(1)
+  return doc
+end
