@@ -195,7 +195,9 @@ def _photo_reference(
     left = len(val) - n
     if left < min(reference, 100):
         pictures = [to_pil(train[i]["pixels"]) for i in range(min(reference, len(train)))]
-        return pictures, f"training pictures, since only {left} validation pictures are no prompts"
+        return pictures, (
+            f"training pictures, since all but {left} of the validation pictures are prompts"
+        )
     # rather fewer pictures that nobody was trained on than many that the branch knows
     pictures = [to_pil(val[n + i]["pixels"]) for i in range(min(reference, left))]
     fewer = f", {left} instead of {reference}" if left < reference else ""

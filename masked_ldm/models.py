@@ -243,7 +243,7 @@ def _fetch(repo: str) -> str:  # a local folder with what a base needs
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    family = STABLE_DIFFUSION
+    family = known_family(repo) or STABLE_DIFFUSION
     try:
         path = snapshot_download(repo, allow_patterns="model_index.json", local_files_only=True)
         family = _family(path)

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 # %% ../nbs/08_settings.ipynb #2418d3d4
 class ConfigError(ValueError):
@@ -207,15 +207,16 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             known = [name for action in self._all_actions() for name in action.option_strings]
-            flags = [a for a in rest if a.startswith("-")]
-            hint = ""
-            if flags:
-                name = flags[0].split("=")[0]
-                hint = f"; {did_you_mean(name, known)}"
-                if name in known:
-                    hint = "; another command has it"
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            hints = ""
+            for name in (a.split("=")[0] for a in rest if a.startswith("-")):
+                hint = "another command has it" if name in known else did_you_mean(name, known)
+                hints += f"; {hint}"
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hints}")
         return found
+
+    def error(self, message: str) -> NoReturn:
+        "End with exit code 2 and one sentence; how a command is used stands in --help."
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _all_actions(self) -> list[argparse.Action]:
         own = list(self._actions)

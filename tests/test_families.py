@@ -260,3 +260,16 @@ def test_a_card_names_its_own_base_and_files():
     assert "base_model: stabilityai/stable-diffusion-xl-base-1.0" in said["sdxl"]
     assert "base_model: stabilityai/stable-diffusion-3-medium-diffusers" in said["sd3"]
     assert ["kohya" in card for card in said.values()] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_what_the_hub_lacks_is_listed_whole(name, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    family = known_family(name)
+    with pytest.raises(FileNotFoundError) as e:
+        load_base(name)
+    for part in family.parts:
+        assert part in str(e.value) and f"{part}/" in str(e.value)

@@ -227,23 +227,26 @@ def test_pictures_without_people_are_counted(album):
 
 
 OWN = [
-    (Image.new("L", (40, 60), 255), "mask of (40, 60), its upright picture is (60, 40)"),
-    (Image.new("L", (60, 40), 1), "mask whose brightest pixel is 1: people are white, 255"),
-    (Image.new("LA", (60, 40), (255, 0)), "mask with transparency"),
-    (None, "mask that is not JPEG"),
+    (Image.new("L", (40, 60), 255), "has a mask of (40, 60), its upright picture is (60, 40)"),
+    (Image.new("L", (60, 40), 1), "has a mask whose brightest pixel is 1: people are white, 255"),
+    (Image.new("LA", (60, 40), (255, 0)), "has a mask with transparency"),
+    (None, "has a mask that is not JPEG"),
 ]
 
 
 @pytest.mark.parametrize("mask, said", OWN, ids=["size", "ones", "clear", "damaged"])
-def test_a_mask_that_cannot_be_drops_its_picture(mask, said, album):
+def test_a_mask_that_cannot_be_is_a_picture_that_cannot(mask, said, album):
     if mask is None:
         (album / "0.mask.png").write_bytes(b"no picture")
     else:
         mask.save(album / "0.mask.png")
-    rows, info = build(album, split_of("0.png", 0.3))
-    (bad,) = info["bad_annotations"]
-    assert said in bad["wrong"] and bad["file"] == "0.mask.png"
-    assert info["dropped"] == {"no usable mask": 1} and "0.png" not in rows
+    split = split_of("0.png", 0.3)
+    with pytest.raises(ValueError) as e:
+        build(album, split)
+    assert "0.png (image" in str(e.value) and said in str(e.value)
+    rows, info = build(album, split, max_bad=0.5)
+    (bad,) = info["quarantined"]
+    assert said in bad["reason"] and bad["file"] == "0.png" and "0.png" not in rows
 
 
 def test_own_masks_are_taken_instead_of_the_network(album):
@@ -538,6 +541,36 @@ def test_the_command_knows_which_folder_it_is_given(tmp_path, album):
     assert code == 1 and "a COCO 2017 root has" in text
     code, text = in_process(command.main, "build", tmp_path / "coco", "--val_share", "0.2")
     assert code == 1 and "are for a folder of photographs" in text
+    code, text = in_process(command.main, "build", tmp_path / "albun")
+    assert code == 1 and "albun is no folder" in text
+    code, text = in_process(command.main, "build", album, "--out", album)
+    assert code == 1 and "is a folder of pictures" in text and not (album / "train").exists()
+
+
+@pytest.mark.parametrize("asked", ["maskrcnn", "facebook/mask2former-swin-small-coco-instance"])
+def test_the_command_asks_the_network_that_is_named(asked, album, tmp_path, monkeypatch):
+    from masked_ldm.data import command
+
+    names = []
+
+    def loaded(name, *_):
+        names.append(name)
+        return Whites()
+
+    monkeypatch.setattr("masked_ldm.data.photographs.load_segmenter", loaded)
+    flags = [] if asked == "maskrcnn" else ["--segmenter", asked]
+    how = ("--out", tmp_path / "people", "--faces", "none", "--val_share", "0.3")
+    code, text = in_process(command.main, "build", album, *how, *flags)
+    assert code == 0 and set(names) == {asked}, text
+
+
+def test_what_was_dropped_is_named(album):
+    Image.new("RGB", (60, 40)).save(album / "0.png")
+    (album / "1.txt").write_text("", "utf-8")
+    dropped = {}
+    for split in ("train", "val"):
+        dropped |= build(album, split, no_caption="skip")[1]["dropped_files"]
+    assert dropped == {"0.png": "no person", "1.png": "no caption"}
 
 
 def test_what_a_crop_keeps():

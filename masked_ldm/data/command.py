@@ -121,6 +121,8 @@ def run_build(
     own: PhotographSettings,
 ) -> None:
     "Filter pictures to those of people, find faces, write manifests: OUT/train/metadata.jsonl, OUT/val/metadata.jsonl."
+    if not Path(line.root).is_dir():
+        raise ConfigError(f"{line.root} is no folder")
     out = Path(where.out or Path(line.root) / "people")
     given = vars(how) | vars(rule) | vars(face_rule)
     build: Callable[..., Path] = build_manifest

@@ -282,8 +282,9 @@ def finish_manifest(
         bad_annotations=report["bad_annotations"],
         warnings=report.get("warnings", []) + _warnings(rows, out, rule.exif),
     )
-    if "masks" in report:
-        info["masks"] = report["masks"]
+    for name in ("masks", "dropped_files"):  # of photographs
+        if name in report:
+            info[name] = report[name]
     _write_manifest(rows, out, info)
     return out / "metadata.jsonl"
 

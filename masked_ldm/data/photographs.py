@@ -411,22 +411,21 @@ class _Finder:
         write_text(kept, json.dumps(dict(key=key, size=image.size, people=people)))
         return image.size, people
 
-    def __call__(self, photograph: Photograph) -> tuple[tuple[int, int], list[dict], str]:
-        "(width, height), COCO's annotations, what is wrong with a mask of one's own. Raises ImageError."
-        path, problem = self.root / photograph.name, ""
+    def __call__(self, photograph: Photograph) -> tuple[tuple[int, int], list[dict]]:
+        "(width, height), COCO's annotations. Raises ImageError, also for a mask of one's own."
+        path = self.root / photograph.name
         if photograph.mask is None:
             kept = self.work / f"{image_number(photograph.name)}.json"
             size, people = self.look(path, kept)
         else:
-            size = read_image(path).size
-            people = [{}]  # somebody, without a mask that can be used
+            size, own = read_image(path).size, self.root / photograph.mask
             try:
-                people = read_own_mask(self.root / photograph.mask, size)
+                people = read_own_mask(own, size)
             except ImageError as e:
-                problem = f"mask that {e.reason}"
+                raise ImageError(str(e), f"has a mask that {e.reason}") from None
             except ValueError as e:
-                problem = str(e)
-        return size, [dict(id=k, segmentation=own) for k, own in enumerate(people)], problem
+                raise ImageError(f"{own}: {e}", f"has a {e}") from None
+        return size, [dict(id=k, segmentation=person) for k, person in enumerate(people)]
 
 # %% ../../nbs/data/13_photographs.ipynb #13f00033
 def _own_rule(rule: FilterRule, how: PhotographSettings) -> FilterRule:
@@ -443,7 +442,7 @@ def _check_captions(listed: list[Photograph], root: Path) -> None:
         raise ValueError(
             f"{root}: {len(bare)} of {len(listed)} photographs have no caption, the first is "
             f"{bare[0]}: write one into {posixpath.splitext(bare[0])[0]}.txt, or choose "
-            "no_caption='skip' or 'empty'"
+            "no_caption skip or empty"
         )
 
 
@@ -467,31 +466,29 @@ def select_photographs(
     remove_leftovers(work)
     rows: list[dict] = []
     unusable: list[dict] = []
-    bad: list[dict] = []
-    dropped: Counter = Counter()
+    dropped: dict[str, str] = {}  # {file: why}
     masks: Counter = Counter()
     for photograph in progress(mine, f"people {split}"):
         number = image_number(photograph.name)
         named = dict(file_name=photograph.name, image_id=number)
         if rule.need_caption and not photograph.captions:
-            dropped["no caption"] += 1
+            dropped[photograph.name] = "no caption"
             continue
         try:
-            size, annotations, problem = find(photograph)
+            size, annotations = find(photograph)
         except ImageError as e:
             unusable.append(dict(named, wrong=e.reason))
             continue
         masks["own" if photograph.mask else find.name] += 1
-        if problem:
-            bad.append(dict(file=photograph.mask, annotation=0, wrong=problem))
         image = dict(id=number, width=size[0], height=size[1])
         row, why, _ = describe_image(image, annotations, photograph.captions, rule, allowed)
         if why:
-            dropped[why] += 1
+            dropped[photograph.name] = why
             continue
         share = round(row["area_fraction"], 6)
         rows.append(row | named | dict(license_name="unknown", area_fraction=share))
-    report = dict(pictures=len(mine), dropped=dict(sorted(dropped.items())), bad_annotations=bad)
+    counts = dict(Counter(sorted(dropped.values())))
+    report = dict(pictures=len(mine), dropped=counts, dropped_files=dropped, bad_annotations=[])
     return rows, report | dict(unusable=unusable, warnings=outside + unused, masks=dict(masks))
 
 # %% ../../nbs/data/13_photographs.ipynb #13f00035
@@ -499,7 +496,7 @@ def _check_out(out: Path, root: Path) -> None:
     "Raise ConfigError where a manifest would hide pictures, or overwrite their captions."
     above, root = out.parent.resolve(), root.resolve()
     hidden = [out]
-    if out.name in ("train", "val") and root in above.parents:
+    if out.name in ("train", "val") and root in (above, *above.parents):
         hidden.append(above)  # it is passed over too, once a manifest is there
     for folder in hidden:
         names = _walk(folder) if folder.is_dir() and not _is_made(folder) else ()
@@ -515,12 +512,14 @@ def build_photographs(
     root: str | Path,  # folder of photographs
     split: str = "train",  # "train" or "val"
     out: str | Path | None = None,  # folder to write to; None: ROOT/people/SPLIT
-    segmenter: Segmenter | None = None,  # None: the one that the settings name
+    segmenter: Segmenter | str | None = None,  # a function, or a name as in the settings
     **settings: Any,  # of `PhotographSettings`, `FilterRule`, `FaceRule` and `ManifestSettings`
 ) -> Path:  # of metadata.jsonl
     "Make the manifest of a folder of photographs. Raises ValueError or FileNotFoundError that names the file."
     classes = (FilterRule, FaceRule, ManifestSettings, PhotographSettings)
     rule, face_rule, how, own = sort_settings(settings, *classes)
+    if isinstance(segmenter, str):
+        own, segmenter = replace(own, segmenter=segmenter), None
     root = Path(root)
     out = Path(out or root / "people" / split)
     if not holds_photographs(root):

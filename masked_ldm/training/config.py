@@ -211,7 +211,8 @@ def _check_data_root(root: Path) -> None:
     missing += [name for name in folders if not (root / name).is_dir()]
     if missing:
         raise ConfigError(
-            f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(missing)}"
+            f"data_root {root} is no COCO 2017 data set: it lacks {', '.join(missing)}; for "
+            "photographs name the folder that masked-ldm-data build has written, the one above train/"
         )
 
 # %% ../../nbs/training/01_config.ipynb #540047f7
