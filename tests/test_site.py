@@ -636,3 +636,24 @@ def test_docs_without_quarto_is_one_sentence(tmp_path):
         text=True,
     )
     assert r.returncode and r.stdout.count("\n") == 1 and "Quarto" in r.stdout, r.stdout + r.stderr
+
+
+def test_the_page_of_commands_knows_every_flag(monkeypatch, capsys):
+    "Pythons lay their help out differently; names and sentences are the same."
+    monkeypatch.setenv("COLUMNS", "96")
+    page = nbformat.read(NBS / "commands.ipynb", 4)
+    shown = [c for c in page.cells if c.source.startswith("#| echo: false\n")]
+    assert {re.search(r"\((\w+)", c.source)[1] for c in shown} == {
+        spec.partition("=")[2].partition(":")[0].rpartition(".")[2]
+        for spec in SETTINGS["console_scripts"].split()
+    }
+    for cell in shown:
+        module, *subcommand = re.findall(r"\w+", cell.source.split("show_help")[1])
+        name = next(m for m in modules() if m.rpartition(".")[2] == module)
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"masked_ldm.{name}").main([*subcommand, "--help"])
+        printed = capsys.readouterr().out
+        flags = set(re.findall(r"--\w+", printed))
+        assert flags == set(re.findall(r"--\w+", cell.outputs[0]["text"])), cell.source
+        told = printed.split("\n\n", 1)[1].split()
+        assert set(told) - set(cell.outputs[0]["text"].split()) <= {"HELP"}, cell.source
