@@ -4,7 +4,6 @@ import ast
 import json
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import nbformat
 import pytest
