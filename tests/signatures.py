@@ -2,8 +2,12 @@
 
 import ast
 import inspect
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from textwrap import dedent
+
+from masked_ldm._modidx import d as exported
 
 ROOT = Path(__file__).parent.parent
 SOURCE = "https://github.com/masked-ldm/masked_ldm/blob/main"
@@ -53,11 +57,28 @@ def outline(source):
     return "\n".join(code).replace("`", ""), ast.get_docstring(node)
 
 
+def _plain(sym):
+    "The function of a property or of a decorated function."
+    return getattr(sym, "fget", None) or inspect.unwrap(sym)
+
+
+def _in_package(sym):
+    "nbdev runs a page's cells in a shell, where nothing has a source: the same symbol of the package."
+    if sym.__module__ != "__main__":
+        return sym
+    for module, names in exported["syms"].items():
+        if f"{module}.{sym.__qualname__}" in names:
+            found = _plain(attrgetter(sym.__qualname__)(import_module(module)))
+            if found.__doc__ == sym.__doc__:  # a few names are in two modules
+                return found
+    raise LookupError(f"{sym.__qualname__} is in no module of masked_ldm: run nbdev_export")
+
+
 class Signature:
     "What nbdev puts below a cell that exports something."
 
     def __init__(self, sym, name=None, title_level=3):
-        self.sym = getattr(sym, "fget", None) or inspect.unwrap(sym)
+        self.sym = _in_package(_plain(sym))
         self.name = name or self.sym.__qualname__
         self.title_level = title_level
 

@@ -7,6 +7,8 @@ from configparser import ConfigParser
 import pytest
 from api import modules
 from conftest import ROOT
+from execnb.nbio import read_nb
+from nbdev.processors import FilterDefaults
 from signatures import Signature, outline
 
 CLASS = """
@@ -61,6 +63,23 @@ def test_every_public_name_has_a_signature(module):
         code = shown.split("```python\n")[1].split("\n```")[0]
         assert "`" not in code
         ast.parse(code if isinstance(symbol, type) else code + "\n    ...")
+
+
+@pytest.mark.parametrize("page", ["12_device", "data/05_crop"])
+def test_a_page_shows_the_signatures_of_its_module(page):
+    "As nbdev makes it: by running the page's exports in a shell of its own."
+    nb = read_nb(ROOT / "nbs" / f"{page}.ipynb")
+    FilterDefaults()(nb)
+    shown = "".join(
+        "".join(output.data["text/markdown"])
+        for c in nb.cells
+        if "show_doc(" in c.source
+        for output in c.outputs
+    )
+    module = next(m for m, of in modules().items() if of["notebook"] == f"{page}.ipynb")
+    for name, anchor in modules()[module]["names"].items():
+        assert not anchor or f"### {name}\n" in shown
+    assert f"masked_ldm/{module.replace('.', '/')}.py#L" in shown
 
 
 def test_nbdev_is_told():
