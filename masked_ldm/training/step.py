@@ -40,7 +40,7 @@ class StepDraw:
     t: Tensor  # (B,)
     sample_weights: Tensor | None = None  # (B,) on every term of a sample
     decode_weights: Tensor | None = None  # (B,) on its perceptual terms; 0: not decoded
-    views: Tensor | None = None  # (B,3) that masked LPIPS has of them
+    views: Tensor | None = None  # (B,3) random views for masked LPIPS
 
     def to(self, device: torch.device | str) -> "StepDraw":
         "Put it on another device."
@@ -52,7 +52,7 @@ class StepDraw:
             self.t.to(device),
             sample_weights,
             decode_weights,
-            self.views,  # which are read as numbers
+            self.views,  # stay on the CPU: they are read as numbers
         )
 
 
@@ -62,9 +62,9 @@ def sample_draw(
     positions: Sequence[int],  # in the whole batch
     shape: tuple[int, ...],  # (4,h,w) of a latent
     timesteps: StepTimesteps,  # of the whole batch
-    views: bool = False,  # does masked LPIPS have a random one of each?
+    views: bool = False,  # draw a random view of each for masked LPIPS?
 ) -> StepDraw:
-    "Draw what some of a step's samples need."
+    "Draw the random numbers of some of a step's samples."
     noise, posterior_noise, _ = sample_noise(seed, step, positions, shape)
     index = list(positions)
     draw = StepDraw(noise, posterior_noise, timesteps.t[index])
@@ -95,7 +95,7 @@ def make_objective(config: TrainConfig, networks: Networks) -> MaskAwareObjectiv
 
 # %% ../../nbs/training/06_step.ipynb #50def3e2
 def perceptual_mask(config: TrainConfig, batch: Batch) -> Tensor:  # (B,1,H,W) in [0,1]
-    "Where masked LPIPS looks: at people, or as the run weighs their parts."
+    "Make the mask of masked LPIPS: people, or regions with the run's weights."
     if not has_region_weights(config):
         return batch.mask
     return region_mask(
@@ -115,7 +115,7 @@ def diffusion_weights(
     batch: Batch,
     size: tuple[int, ...],  # (h, w) of the latents
 ) -> Tensor | None:  # (B,1,h,w), of mean 1 in each sample; None where all are 1
-    "Weigh regions in the diffusion loss; the mean stays 1, so that a learning rate means the same."
+    "Weight regions in the diffusion loss; the mean stays 1, so that a learning rate keeps its meaning."
     of_people, of_faces = config.ldm_people_weight, config.ldm_face_weight
     weights = (of_people, of_faces, config.ldm_hand_weight)
     if weights == (1, 1, 1):
