@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/09_files.ipynb #a9b4ac2c
 def set_usual_mode(*paths: Path) -> None:
-    "Let read who may read the user's files; safetensors writes for the owner alone."
+    "Set the user's default permissions; safetensors writes files that only the owner can read."
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:
@@ -33,7 +33,7 @@ def set_usual_mode(*paths: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-_IN_USE = (5, 32)  # Windows' numbers for a file that somebody holds open
+_IN_USE = (5, 32)  # Windows' numbers for a file that another program holds open
 
 
 def put_in_place(
@@ -41,7 +41,7 @@ def put_in_place(
     target: str | Path,  # replaced, if it is a file
     tries: int = 8,
 ) -> None:
-    "Rename a file or folder; where Windows says that somebody holds it open, try for some seconds. Raises OSError."
+    "Rename a file or folder; if Windows says that another program holds it open, retry for some seconds. Raises OSError."
     for number in range(tries):
         try:
             return os.replace(source, target)
@@ -55,7 +55,7 @@ def put_in_place(
 def write_whole(
     path: str | Path,  # where the file shall be; its folder is made
 ) -> Iterator[Path]:  # where to write it
-    "Put a file in place when the block ends well, else leave nothing. Raises OSError with its name."
+    "Put a file in place if the block ends without an error, else leave nothing. Raises OSError with its name."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
@@ -71,7 +71,7 @@ def write_whole(
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    "Write a text file whole, in UTF-8; what no UTF-8 can hold, a name of other bytes, as its code."
+    "Write a text file whole, in UTF-8; characters that UTF-8 cannot hold as their codes."
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return Path(path)
@@ -139,7 +139,7 @@ def weights_sha256(
 def keyed_generator(
     *key: Any,  # what the numbers are for; anything that prints the same everywhere
 ) -> "torch.Generator":  # on the CPU
-    "A generator whose numbers are a function of the key."
+    "Make a generator whose numbers are a function of the key."
     import torch  # here, since what only writes files has no use for it
 
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
@@ -148,9 +148,9 @@ def keyed_generator(
 # %% ../nbs/09_files.ipynb #50a37ddc
 def lock_folder(
     folder: str | Path,  # made if it is not there
-    what: str = "folder",  # in the sentence of the error
+    what: str = "folder",  # in the error's message
 ) -> FileLock:  # hold on to it; `release()` lets go
-    "Own a folder until the end of this process. Raises OSError if another process does."
+    "Lock a folder until the end of this process. Raises OSError if another process has it."
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder).resolve() / ".lock", timeout=0, thread_local=False)
     try:
@@ -163,7 +163,7 @@ def lock_folder(
 def parse_shard(
     shard: str | tuple[int, int] | None,  # "i/n", (i, n), or None for everything
 ) -> tuple[int, int]:  # (i, n) with 0 <= i < n
-    "Read a share of the work. Raises ValueError for anything that is none."
+    "Parse a share of the work. Raises ValueError for anything else."
     try:
         i, n = (int(v) for v in (shard.split("/") if isinstance(shard, str) else shard or (0, 1)))
     except (ValueError, TypeError):

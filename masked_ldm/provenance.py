@@ -21,7 +21,7 @@ import torch
 def commit(
     folder: str | Path | None = None,  # a repository or a worktree; None: this package's
 ) -> str | None:  # None where there is no repository, or no git
-    "The commit of a repository."
+    "Return the commit of a repository."
     folder = Path(folder or str(files("masked_ldm") / ".."))
     if not (folder / ".git").exists():
         return None
@@ -58,7 +58,7 @@ def _version(library: str) -> str | None:
 def provenance(
     device: str | torch.device = "cpu",  # where the number was computed
 ) -> dict[str, Any]:
-    "Versions of libraries, Python, machine, hardware, threads and commit."
+    "Collect the versions of libraries and Python, machine, hardware, threads and commit."
     where, hardware = torch.device(device), f"CPU, {os.cpu_count()} cores"
     if where.type == "cuda":
         hardware = torch.cuda.get_device_name(where)
@@ -78,6 +78,6 @@ def command(
     *words: Any,  # the program and its positional arguments
     **settings: Any,  # a flag each; None is left out
 ) -> str:
-    "The line for a shell, quoted where it must be."
+    "Write a line for a shell, quoted where necessary."
     flags = [[f"--{name}", value] for name, value in settings.items() if value is not None]
     return shlex.join(str(word) for word in [*words, *sum(flags, [])])
