@@ -263,3 +263,14 @@ def test_sidebar_order_is_file_order():
     for pages in sections:
         numbered = [p for p in pages if isinstance(p, str) and re.search(r"(^|/)\d", p)]
         assert numbered == sorted(numbered), pages
+
+
+def test_the_landing_page_shows_what_is_in_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (cell,) = (c for c in cells(ROOT / "nbs" / "index.ipynb") if c.cell_type == "code")
+    *before, last = ast.parse(cell.source).body
+    names = {}
+    exec(compile(ast.Module(before, []), "index", "exec"), names)
+    table = eval(compile(ast.Expression(last.value), "index", "eval"), names)
+    (stored,) = cell.outputs
+    assert stored["data"]["text/markdown"].strip() == table.data.strip()
