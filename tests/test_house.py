@@ -134,6 +134,20 @@ def test_what_is_printed_is_shown(path):
         ), c.source[:200]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_pictures_have_captions_and_alt_texts(path):
+    alts = []
+    for c in cells(path):
+        mimes = [mime for o in c.get("outputs", []) for mime in o.get("data", {})]
+        if not any(mime.startswith("image/") for mime in mimes):
+            continue
+        told = dict(re.findall(r'^#\| fig-(cap|alt): "([^"\\]+)"$', c.source, re.MULTILINE))
+        assert set(told) == {"cap", "alt"}, f"a picture lacks fig-cap or fig-alt: {c.source[:200]}"
+        assert told["cap"] != told["alt"], told["alt"]
+        alts.append(told["alt"])
+    assert len(set(alts)) == len(alts), "two pictures have the same alt text"
+
+
 def test_readme_is_the_index():
     assert (ROOT / "README.md").read_text("utf-8") == readme()
 
