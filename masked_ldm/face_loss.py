@@ -54,7 +54,7 @@ def load_face_net(
 
 # %% ../nbs/04_face_loss.ipynb #181c4a63
 class _AllRead(Exception):
-    "All layers that are asked for have run."
+    "All requested layers have run."
 
 
 class _Layers(nn.Module):
@@ -98,7 +98,7 @@ def check_boxes(
     boxes: Tensor,  # (M,5) rows of (image number, x0, y0, x1, y1)
     images: int,
 ) -> Tensor:  # the boxes
-    "Raises ValueError for boxes that are not finite or not of one of the images."
+    "Raises ValueError for boxes that are not finite or belong to none of the images."
     if boxes.ndim != 2 or boxes.shape[1] != 5:
         raise ValueError(
             f"boxes must be (M,5) rows of (image number, x0, y0, x1, y1), not {tuple(boxes.shape)}"
@@ -163,7 +163,7 @@ class FaceLoss(nn.Module):
         self.register_buffer("weights", _layer_weights(weights, self.layers))
 
     def train(self, mode: bool = True) -> "FaceLoss":
-        "Do nothing: the network's mode is its owner's, and a call's is always eval."
+        "Do nothing: the network's mode is the caller's, and a call always uses eval mode."
         return self
 
     def usable(
@@ -188,7 +188,7 @@ class FaceLoss(nn.Module):
         images: Tensor,  # (B,3,H,W) RGB in [-1,1]
         boxes: Tensor,  # (M,5)
     ) -> list[Tensor]:  # a layer (M, ...), float32 or wider
-        "What the network sees in the faces, at the range and in the precision it works in."
+        "Compute the network's features of the faces, in its own range and precision."
         crops = crop_faces(images, boxes, self.size) * (127.5 / 128)
         if not torch.is_autocast_enabled(crops.device.type):
             crops = crops.to(next(self.taps.parameters(), crops).dtype)
@@ -230,7 +230,7 @@ class FaceLoss(nn.Module):
         images: Tensor,  # (B,3,H,W) RGB in [-1,1]
         boxes: Tensor,  # (M,5), faces of different people
     ) -> list[float]:  # the new weights
-        "Set the weights: layers contribute equally, two faces are 1 apart. May raise ValueError."
+        "Weigh layers equally, two faces 1 apart. Raises ValueError where that is impossible."
         boxes = self.usable(check_boxes(boxes, len(images)), images.shape[-2:])
         if len(boxes) < 2:
             raise ValueError(f"calibration needs at least 2 usable faces, found {len(boxes)}")

@@ -119,7 +119,7 @@ def load_latent_features(
         network = LatentFeatures.from_pretrained(folder, use_safetensors=True)
     except MemoryError:
         raise
-    except Exception as e:  # of safetensors, torch and diffusers, each with its own
+    except Exception as e:  # safetensors, torch and diffusers each raise their own
         raise ValueError(f"{folder}, a network of latents, is damaged: {first_line(e)}") from None
     if not all(weight.isfinite().all() for weight in network.state_dict().values()):
         raise ValueError(f"{folder}, a network of latents, holds NaN or infinite weights")
@@ -210,7 +210,7 @@ def through_decoder(
     pixel_loss: Callable[..., Tensor],  # of pictures, such as `MaskedLPIPS`
     decode: Callable[[Tensor], Tensor],  # latents -> RGB in [-1,1], with gradient
 ) -> Callable[..., Tensor]:  # the same loss of latents
-    "Let a loss of pictures look at latents, decoded."
+    "Make a loss on latents of a loss on pictures, by decoding them."
 
     def loss(pred: Tensor, target: Tensor, masks: Tensor) -> Tensor:
         with torch.no_grad():
@@ -227,7 +227,7 @@ def distances_and_gradients(
     masks: Tensor,  # (N,1,H,W)
     at_once: int = 16,  # pairs
 ) -> tuple[Tensor, Tensor]:  # (N,) distances, (N,C,h,w) their gradients at pred
-    "Ask a loss what it says of pairs of latents."
+    "Compute a loss on pairs of latents, and its gradients."
     distances, gradients = [], []
     for z, truth, mask in zip(*(x.split(at_once) for x in (pred, target, masks)), strict=True):
         z = z.detach().requires_grad_()
@@ -241,7 +241,7 @@ def agreement(
     a: tuple[Tensor, Tensor],  # from `distances_and_gradients`
     b: tuple[Tensor, Tensor],  # of the same pairs, by another loss
 ) -> dict[str, float]:  # rank correlation of distances; mean cosine of gradients
-    "Compare two losses, over the pairs in which both see something."
+    "Compare two losses, over the pairs in which both are above 0."
     seen = (a[0] > 0) & (b[0] > 0)
     cosines = F.cosine_similarity(a[1][seen].flatten(1), b[1][seen].flatten(1))
     rank = spearmanr(a[0][seen].cpu(), b[0][seen].cpu()).statistic

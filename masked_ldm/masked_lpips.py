@@ -71,8 +71,8 @@ def masked_mean(
 
 
 def mean_per_image(
-    values: Tensor,  # (K,) one a person, or a face
-    image: Tensor,  # (K,) whose number each is of
+    values: Tensor,  # (K,) one per person or face
+    image: Tensor,  # (K,) the image number of each
     images: int,
 ) -> Tensor:  # (images,), 0 where there is none
     "Mean over the people, or the faces, of each image."
@@ -97,10 +97,10 @@ def mean_inside(
 # %% ../nbs/03_masked_lpips.ipynb #08b7171a
 def flip_and_shift(
     x: Tensor,  # (K,C,H,W)
-    views: Tensor,  # (K,3) in [0,1): mirrored from 1/2 on; where from -1/8 to 1/8 it is moved to
-    cell: int = 1,  # pixels of what it goes with, by whose multiples it is moved
+    views: Tensor,  # (K,3) in [0,1): mirrored from 1/2 on; the shifts down and right, +-1/8
+    cell: int = 1,  # shift by multiples of so many pixels, as for the mask of some latents
 ) -> Tensor:  # (K,C,H,W)
-    "Show each from another view, bordered by its reflection."
+    "Mirror and shift each picture, and fill the border with its reflection."
     height, width = x.shape[-2:]
     most = [side // cell // 8 for side in (height, width)]
     padded = F.pad(x, [n * cell for n in (most[1], most[1], most[0], most[0])], mode="reflect")
@@ -183,7 +183,7 @@ def _feature_maps(output: object) -> list[Tensor]:
 
 # %% ../nbs/03_masked_lpips.ipynb #a2a2325a
 def check_range(pictures: Tensor) -> None:
-    "Raises ValueError for pictures in [0,255]; a NaN passes, and a run skips and counts its step."
+    "Raises ValueError for pictures in [0,255]; a NaN passes, since a run skips that step."
     if pictures.numel() and not pictures.abs().nan_to_num().amax() <= 1.5:  # some overshoot
         low, high = pictures.amin().item(), pictures.amax().item()
         raise ValueError(f"target must be RGB in [-1,1], not {low:g} to {high:g}")
@@ -218,7 +218,7 @@ def check_mask(
     mask: Tensor,  # (K,1,H,W) in [0,1]
     size: tuple[int, ...],  # (H, W) of the pictures
 ) -> None:
-    "Raises ValueError for what is no mask of such pictures."
+    "Raises ValueError for a mask that does not fit such pictures."
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise ValueError(f"mask must be (B,1,H,W) or (K,1,H,W), not {tuple(mask.shape)}")
     if mask.shape[-2:] != tuple(size):
@@ -264,7 +264,7 @@ def as_a_constant(network: nn.Module) -> Iterator[None]:
 
 
 class MaskedDistance(nn.Module):
-    "A distance of two pictures, or of their latents, averaged over people: what Eq. (2) is made of."
+    "A distance between two pictures, or their latents, averaged over people: the form of Eq. (2)."
 
     looks_at = "image"  # or "latents": then the objective decodes nothing for it
     channels = 3  # of what it looks at
@@ -287,7 +287,7 @@ class MaskedDistance(nn.Module):
         index: Tensor | None = None,  # (K,) image number of each person, with `per_person`
         views: Tensor | None = None,  # (B,3) in [0,1): a random view of each, as `flip_and_shift`
     ) -> Tensor:  # (B,), 0 without gradient where the mask is empty
-        "Distance inside the mask. Raises ValueError for what does not fit together."
+        "Distance inside the mask. Raises ValueError for arguments that do not fit together."
         if self.looks_at == "latents":
             check_latents_match(pred, target, self.channels)
         else:
@@ -322,7 +322,7 @@ class MaskedLPIPS(MaskedDistance):
         self.per_person = per_person
 
     def train(self, mode: bool = True) -> "MaskedLPIPS":
-        "Do nothing: the network's mode is its owner's, and a call's is always eval."
+        "Do nothing: the network's mode is the caller's, and a call always uses eval mode."
         return self
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -384,9 +384,9 @@ def region_mask(
     hands: float = 1.0,
     body: float = 1.0,
     background: float = 0.0,
-    hand_boxes: Tensor | None = None,  # (H,5) rows as of `boxes`; in their pictures without discs
+    hand_boxes: Tensor | None = None,  # (H,5) rows as `boxes`; they replace their pictures' discs
 ) -> Tensor:  # (B,1,H,W) in [0,1]
-    "A soft mask for `MaskedLPIPS`. Raises ValueError for weights that cannot be."
+    "Make a soft mask for `MaskedLPIPS`. Raises ValueError for impossible weights."
     weights = dict(face=face, hands=hands, body=body, background=background)
     if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
         raise ValueError(f"region weights must be 0 or more and not all 0, not {weights}")
