@@ -117,7 +117,7 @@ class EvalSettings:
     device: str = setting("auto", DEVICE_HELP)
 
     def check(self) -> None:
-        "Raise ConfigError for the first setting that cannot be."
+        "Raise ConfigError for the first impossible setting."
         check_settings(self)
         if self.size:
             check_size(self.size)
@@ -198,7 +198,7 @@ def _photo_reference(
         return pictures, (
             f"training pictures, since all but {left} of the validation pictures are prompts"
         )
-    # rather fewer pictures that nobody was trained on than many that the branch knows
+    # better a few pictures that nothing was trained on than many that the branch has seen
     pictures = [to_pil(val[n + i]["pixels"]) for i in range(min(reference, left))]
     fewer = f", {left} instead of {reference}" if left < reference else ""
     return pictures, f"validation pictures that are no prompts{fewer}"
@@ -259,7 +259,7 @@ class Judged:
 
 
 class Judges:
-    "Everything that looks at pictures; `names` says which networks, `notes` what could not be loaded."
+    "The networks that judge pictures; `names` says which, `notes` what could not be loaded."
 
     def __init__(
         self,

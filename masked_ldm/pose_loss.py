@@ -27,7 +27,7 @@ from .objective import Term, Truth
 # %% ../nbs/04d_pose_loss.ipynb #04d00006
 def people_boxes(
     masks: Tensor,  # (K,1,H,W) in [0,1], one a person
-    image_of: Tensor,  # (K,) whose picture each is of
+    image_of: Tensor,  # (K,) the image number of each
 ) -> Tensor:  # (K,5) rows of (image number, x0, y0, x1, y1), pixels; 0 to 0 for an empty mask
     "Box people. Raises ValueError for masks that do not fit the image numbers."
     if masks.ndim != 4 or masks.shape[1] != 1 or image_of.shape != masks.shape[:1]:
@@ -146,7 +146,7 @@ def check_joints(
 
 
 def _check_heatmaps(heat: object, people: int) -> Tensor:  # float32 or wider
-    "Raises TypeError for what are no heatmaps."
+    "Raises TypeError unless these are heatmaps of so many people."
     if not isinstance(heat, Tensor) or heat.ndim != 4 or heat.shape[:2] != (people, 17):
         found = tuple(heat.shape) if isinstance(heat, Tensor) else type(heat).__name__
         raise TypeError(f"a pose network must return heatmaps ({people},17,h,w), not {found}")
@@ -172,7 +172,7 @@ class PoseLoss(nn.Module):
         self.compare = compare
 
     def train(self, mode: bool = True) -> "PoseLoss":
-        "Do nothing: the network's mode is its owner's, and a call's is always eval."
+        "Do nothing: the network's mode is the caller's, and a call always uses eval mode."
         return self
 
     def usable(
@@ -197,7 +197,7 @@ class PoseLoss(nn.Module):
         images: Tensor,  # (B,3,H,W) RGB in [-1,1]
         people: Tensor,  # (P,5)
     ) -> Tensor:  # (P,17,h,w), float32 or wider
-        "What the network sees in the people, in the precision it works in."
+        "Compute the network's heatmaps of the people, in its own precision."
         crops = crop_people(images, people, self.size)
         if not torch.is_autocast_enabled(crops.device.type):
             crops = crops.to(next(self.net.parameters(), crops).dtype)

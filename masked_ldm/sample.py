@@ -142,7 +142,7 @@ def _run_trainable(run: Run, base: Base, dtype: torch.dtype = torch.float32) -> 
 
 
 class MaskedLDMPipeline(DiffusionPipeline):
-    "diffusers' own pipeline of a base, whose network carries a hint-free branch or what else was trained."
+    "diffusers' own pipeline for a base, with the branch, LoRA or UNet that was trained."
 
     family: Family  # of the base
     size: int | None = None  # of its pictures, pixels; None: what the network was trained for
@@ -157,7 +157,7 @@ class MaskedLDMPipeline(DiffusionPipeline):
         strength: float = 1.0,  # of the branch, or of the LoRA
         size: int | None = None,  # of its pictures, pixels; None: what the UNet was trained for
     ) -> "MaskedLDMPipeline":
-        "Make a pipeline of loaded parts. Raises ValueError for a strength that cannot be."
+        "Make a pipeline of loaded parts. Raises ValueError for an impossible strength."
         trained = Branch(base, branch) if isinstance(branch, ControlNetModel) else branch
         kind, without = _KINDS[base.family.called]
         if kind is _StableDiffusionXL:
@@ -235,7 +235,7 @@ class MaskedLDMPipeline(DiffusionPipeline):
             return super().__call__(*args, **{**side, **kwargs})  # type: ignore[misc]  # a subclass has one
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        "Move all of it, also the parts that are not drawn with."
+        "Move the whole pipeline, including the parts that do not draw."
         super().to(*args, **kwargs)
         networks = [self.base_unet, self.trained.network if self.trained else None]
         for network in filter(None, networks):
@@ -257,7 +257,7 @@ class MaskedLDMPipeline(DiffusionPipeline):
 
     @property
     def strength(self) -> float:  # 0: the base alone
-        "Factor on what was trained."
+        "Factor on the branch or LoRA."
         return getattr(self.denoiser, "strength", 1.0 if self.trained else 0.0)
 
     @strength.setter
@@ -268,15 +268,15 @@ class MaskedLDMPipeline(DiffusionPipeline):
 
 
 class _StableDiffusion(MaskedLDMPipeline, StableDiffusionPipeline):
-    "Of Stable Diffusion 1.x and 2.x."
+    "The pipeline for Stable Diffusion 1.x and 2.x."
 
 
 class _StableDiffusionXL(MaskedLDMPipeline, StableDiffusionXLPipeline):
-    "Of Stable Diffusion XL."
+    "The pipeline for Stable Diffusion XL."
 
 
 class _StableDiffusion3(MaskedLDMPipeline, StableDiffusion3Pipeline):
-    "Of Stable Diffusion 3."
+    "The pipeline for Stable Diffusion 3."
 
 
 _NO_CHECKER = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -325,7 +325,7 @@ def pictures_at_once(
     side: int,  # pixels
     small: int = 64,  # pictures of 128 pixels and less
 ) -> int:
-    "Many small pictures in one pass, or one large one."
+    "Choose how many pictures go in one pass: many small ones, or one large one."
     return small if side <= 128 else 1
 
 
@@ -334,7 +334,7 @@ def by_parts(
     n: int,  # things
     at_once: int,
 ) -> list[Any]:  # a result for each
-    "Work through n things, so many at a time; where memory does not suffice for that, fewer."
+    "Work through n things, some at a time; where memory runs out, fewer at a time."
     done: list[Any] = []
     while len(done) < n:
         try:
@@ -357,7 +357,7 @@ def sample(
     size: int | None = None,  # side in pixels; None: the pipeline's
     first: int = 0,  # number of the first prompt, for its noise
 ) -> list[Image.Image]:
-    "Draw pictures for prompts, as the paper does unless told otherwise. Raises ValueError for settings that cannot be."
+    "Draw pictures for prompts, as the paper does unless told otherwise. Raises ValueError for impossible settings."
     usual, asked = pipeline.scheduler, _scheduler(scheduler, pipeline.scheduler)
     side = side_of(pipeline, size)
     check_size(side)
@@ -482,7 +482,7 @@ def _check_same_set(folder: Path, about: dict[str, Any]) -> None:
 def memory_explained(
     folder: str | Path | None = None,  # where pictures are drawn
 ) -> Iterator[None]:
-    "Inside, work that finds no memory ends in one sentence. Raises OutOfMemory."
+    "Turn running out of memory into one sentence. Raises OutOfMemory."
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -519,7 +519,7 @@ def open_runs(
 
 
 def _run_names(runs: Sequence[Run]) -> list[str]:
-    "Names for tables, each another one, and none that tables give to the base or to real pictures."
+    "Choose names for tables: all different, and none the base's or the real pictures'."
     taken = {"base", "real"}
     places = [run.folder.resolve() if os.path.exists(run.path) else Path(run.path) for run in runs]
     names = []
@@ -562,7 +562,7 @@ class SampleSettings:
     out: str = setting("grid.png", "picture to write: .png, .jpg or .webp")
 
     def check(self) -> None:
-        "Raise ConfigError for the first setting that cannot be."
+        "Raise ConfigError for the first impossible setting."
         check_settings(self)
         if self.size:
             check_size(self.size)
