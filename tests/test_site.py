@@ -259,9 +259,8 @@ def sentences():
 
 
 def quoted():
-    return re.findall(r"^> (.+)$", text(NBS / "troubleshooting.md"), re.M)[
-        1:
-    ]  # the first is the page's claim
+    "Each is a heading, so that it can be found and linked, and code, so that it is shown as printed."
+    return re.findall(r"^### `(.+)`$", text(NBS / "troubleshooting.md"), re.M)
 
 
 def found(quote):
