@@ -29,6 +29,7 @@ PAPERMILL = [
     "experiments/ablations",
     "experiments/report",
     "experiments/verdicts",
+    "experiments/knockout",
 ]  # notebooks with parameters
 
 
