@@ -9,3 +9,11 @@ function Pandoc(doc)
   doc.blocks:remove(1)
   return doc
 end
+
+-- A picture between paragraphs becomes a figure, whose alt text would be lost to the caption that repeats it.
+function Image(image)
+  if not image.attributes["fig-alt"] then
+    image.attributes["fig-alt"] = pandoc.utils.stringify(image.caption)
+  end
+  return image
+end
