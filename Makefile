@@ -22,7 +22,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 # nbdev_test keeps what its pages held until it ends: several calls need less memory than one.
 # What pages and tests write, gigabytes together, lies in a folder that goes with the run.
 test: lint
-	set -e; export $(IN_VENV) TMPDIR="$$(mktemp -d)"; trap 'rm -rf "$$TMPDIR"' EXIT; \
+	set -e; export $(IN_VENV) TMPDIR="$$(mktemp -d)"; trap 'rm -rf "$$TMPDIR"' EXIT; trap 'exit 130' INT TERM; \
 	nbdev_test --timing --n_workers 2 --skip_folder_re '^[_.]|^(experiments|howto|training)$$'; \
 	nbdev_test --timing --n_workers 2 --path nbs/training; \
 	nbdev_test --timing --n_workers 2 --path nbs/howto; \

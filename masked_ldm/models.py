@@ -434,8 +434,12 @@ def known_family(
         return _read_file(path)
     if path.count("/") == 1 and path not in named:
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        index = try_to_load_from_cache(path, "model_index.json")
+        try:
+            index = try_to_load_from_cache(path, "model_index.json")
+        except HFValidationError:
+            raise FileNotFoundError(f"base {path}: no such folder or file") from None
         return family_of(read_json(index), path) if isinstance(index, str) else None
     return named.get(path)
 
@@ -489,7 +493,7 @@ def set_precision(
         return
     dtype = PRECISIONS[mixed_precision]
     halved = list(base.text_encoders)
-    if where.type != "cpu":  # a CPU's autocast keeps norms in float32, so their weights stay so
+    if where.type != "cpu":  # what a CPU's autocast does with norms needs float32 weights
         halved.append(base.unet)
     for network in halved:
         for weight in network.parameters():  # not buffers: a table of positions keeps its digits

@@ -208,9 +208,11 @@ class Parser(argparse.ArgumentParser):
         if rest:
             known = [name for action in self._all_actions() for name in action.option_strings]
             hints = ""
-            for name in (a.split("=")[0] for a in rest if a.startswith("-")):
+            for name in (a.split("=")[0] for a in rest if a.startswith("--")):
                 hint = "another command has it" if name in known else did_you_mean(name, known)
-                hints += f"; {hint}"
+                if hint.startswith("known are "):  # which is long
+                    hint = f"{self.prog} --help has them all"
+                hints += f"; {name}: {hint}"
             self.error(f"unrecognized arguments: {' '.join(rest)}{hints}")
         return found
 
