@@ -178,7 +178,7 @@ def test_photographs_are_held_to_pictures_that_are_no_prompts(world, tmp_path):
     assert len(few.prompts) == len(few.real) == 4
     assert len(few.reference) == 3 and len(many.reference) == 40
     assert few.reference_is == "validation pictures that are no prompts"
-    assert many.reference_is.startswith("training pictures, since only")
+    assert many.reference_is.startswith("training pictures, since all but")
     with pytest.raises(ValueError, match="names no 'val'"):
         held_out(config, {}, 4, 3)
     assert not {p.tobytes() for p in few.real} & {p.tobytes() for p in few.reference}
