@@ -7,10 +7,11 @@ from operator import attrgetter
 from pathlib import Path
 from textwrap import dedent
 
+from nbdev.config import get_config
+
 from masked_ldm._modidx import d as exported
 
 ROOT = Path(__file__).parent.parent
-SOURCE = "https://github.com/masked-ldm/masked_ldm/blob/main"
 SHOWN = (
     "__init__",
     "__call__",
@@ -86,6 +87,8 @@ class Signature:
         lines, first = inspect.getsourcelines(self.sym)
         path = Path(inspect.getsourcefile(self.sym)).relative_to(ROOT).as_posix()
         code, docstring = outline("".join(lines))
-        link = f'[source]({SOURCE}/{path}#L{first}){{style="float:right; font-size:smaller"}}'
+        cfg = get_config(path=ROOT)
+        source = f"{cfg.git_url}/blob/{cfg.branch}/{path}"
+        link = f'[source]({source}#L{first}){{style="float:right; font-size:smaller"}}'
         title = f"{'#' * self.title_level} {self.name}"
         return f"---\n\n{link}\n\n{title}\n\n```python\n{code}\n```\n\n{docstring or ''}\n"
