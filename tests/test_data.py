@@ -649,7 +649,7 @@ def test_a_run_finds_the_cache_that_was_made(people, tmp_path):
         ("download X --workers 0", 2, "workers must be 1 to 256, not 0"),
         ("download X --retries -1", 2, "retries must be 0 to 100, not -1"),
         ("download X --min_area -1", 2, "min_area must be 0 to 1, not -1.0"),
-        ("download X --min_faces 1", 2, "--min_faces 1; another command has it"),
+        ("download X --min_faces 1", 2, "--min_faces: another command has it"),
         ("calibrate X --train 0 --val 0", 2, "nothing to calibrate"),
         ("inspect X --n 0", 2, "n must be 1 to 400, not 0"),
         ("build X", 1, "nowhere is no folder"),
