@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train lint test ablations docs readme clean
+.PHONY: setup train lint test docs readme clean
 setup: .venv/installed
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,11 +29,6 @@ test: lint
 	nbdev_test --timing --n_workers 2 --path nbs/experiments --file_re '^[a-d]'; \
 	nbdev_test --timing --n_workers 2 --path nbs/experiments --file_re '^[e-z]'; \
 	python -m pytest -n 2 --dist worksteal
-
-ablations: setup   # hours; goes on where it was stopped
-	@mkdir -p runs/ablations
-	$(BIN)/papermill nbs/experiments/ablations.ipynb runs/ablations/out.ipynb -p arms all -r seeds "0 1 2" -p steps 400 -p n_one_step 64 -p n_drawn 96 -p sample_steps 15 -p reference 1000 -p folder runs/ablations -p out results/ablations
-	$(BIN)/papermill nbs/experiments/report.ipynb runs/ablations/report.ipynb -p out results/report.json
 
 docs: setup
 	@command -v quarto >/dev/null || { echo "The docs site needs Quarto (https://quarto.org/docs/get-started/); the notebooks in nbs/ read well without it."; exit 1; }

@@ -341,8 +341,8 @@ def run_notebook(name, until="", **parameters):
     "name, wrong",
     [
         ("06_evaluate", "runs"),
-        ("experiments/ablations", "seed"),
-        ("experiments/report", "result"),
+        ("experiments/evidence", "seed"),
+        ("experiments/verdicts", "result"),
         ("experiments/metrics_validation", "N"),
         ("experiments/base_quality", "n_val"),
     ],

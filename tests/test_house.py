@@ -26,8 +26,6 @@ PAPERMILL = [
     "experiments/cache_speed",
     "experiments/faces_found",
     "experiments/processes",
-    "experiments/ablations",
-    "experiments/report",
     "experiments/verdicts",
     "experiments/knockout",
 ]  # notebooks with parameters
