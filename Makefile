@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train lint test docs readme clean
+.PHONY: setup train lint test docs book readme clean
 setup: .venv/installed
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,7 +33,12 @@ test: lint
 docs: setup
 	@command -v quarto >/dev/null || { echo "The docs site needs Quarto (https://quarto.org/docs/get-started/); the notebooks in nbs/ read well without it."; exit 1; }
 	set -e; trap '$(BIN)/python tests/readme.py' EXIT; trap 'exit 130' INT TERM; \
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/nbdev_docs  # it writes README.md in Quarto's way
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/nbdev_docs; \
+	$(BIN)/python tests/book.py _docs/book.html
+
+book: setup   # the pages at the top of the sidebar as one to print
+	@mkdir -p runs
+	$(BIN)/python tests/book.py runs/book.html
 
 readme: setup
 	$(BIN)/python tests/readme.py

@@ -143,7 +143,8 @@ def test_sidebar_has_every_page_once():
             ]
         )
     )
-    assert sorted(listed) == sorted(str(p.relative_to(NBS)) for p in PAGES)
+    pages = [str(p.relative_to(NBS)) for p in PAGES]
+    assert sorted(listed) == sorted([*pages, "book.html"])
 
 
 def test_reference_is_what_is_exported():
@@ -657,3 +658,17 @@ def test_the_page_of_commands_knows_every_flag(monkeypatch, capsys):
         told = printed.split("\n\n", 1)[1].split()
         stored = cell.outputs[0]["text"].split("\n\n", 1)[1].split()
         assert set(told) == set(stored), cell.source
+
+
+def test_the_book_holds_the_spine():
+    import book
+
+    pages, text = book.spine(), book.book()
+    assert pages[0] == "index.ipynb" and pages[-1] == "07_sample.ipynb"
+    assert re.findall(r'<div class="page" id="([^"]+)"', text) == pages
+    assert text.count("<h1") == len(pages)
+    assert "#|" not in text and "data:image" in text
+    kept = set(re.findall(r'href="#([^"]+\.ipynb)"', text))
+    assert kept and kept <= set(pages)
+    local = [link for link in re.findall(r'href="([^"#]+)', text) if "://" not in link]
+    assert not local and "No description" not in text

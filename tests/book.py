@@ -1,0 +1,86 @@
+"The pages at the top of the sidebar as one page to print: `python tests/book.py FILE.html`."
+
+import re
+import sys
+from html import escape
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbconvert import HTMLExporter
+from nbdev.config import get_config
+from traitlets.config import Config
+
+ROOT = Path(__file__).parent.parent
+PRINTED = """<style>
+body { max-width: 52rem; margin: auto; padding: 1rem; }
+pre, pre * { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+@media print { body { zoom: .75; } .page { break-before: page; } img { break-inside: avoid; } }
+</style>"""
+
+
+def spine():
+    "Names of the pages before the first section of the sidebar."
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))
+    contents = site["website"]["sidebar"]["contents"]
+    sections = [i for i, entry in enumerate(contents) if isinstance(entry, dict)]
+    return contents[: sections[0]]
+
+
+def linked(text, pages):
+    "Links to pages of the book lead into it, others to the site."
+    config = get_config()
+
+    def target(match):
+        path, place = match[1], match[2] or ""
+        if path in pages:
+            return f"](#{path})"
+        page = path.rsplit(".", 1)[0]
+        return f"]({config.doc_host}{config.doc_baseurl}/{page}.html{place})"
+
+    return re.sub(r"\]\(([\w./-]+\.(?:ipynb|md))(#[^)\s]*)?\)", target, text)
+
+
+def shown(cell, pages):
+    "A cell as the site shows it; its directives become alt texts and a caption below."
+    if cell.cell_type == "markdown":
+        cell.source = linked(cell.source, pages)
+        return [cell]
+    said = dict(re.findall(r"^#\| *([\w-]+):? *(.*)$", cell.source, re.M))
+    if "hide" in said:
+        return []
+    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    if said.get("echo") == "false":
+        cell.metadata["tags"] = ["output_only"]
+    for output in cell.outputs:
+        for kind, data in list(output.get("data", {}).items()):
+            if kind == "text/markdown":
+                output.data[kind] = linked(data, pages)
+            if kind.startswith("image/"):  # with its alt text, which nbconvert leaves out
+                alt = escape(said.get("fig-alt", "").strip('"'))
+                output.data = {"text/html": f'<img alt="{alt}" src="data:{kind};base64,{data}">'}
+    caption = said.get("fig-cap", "").strip('"')
+    return [cell] + [nbformat.v4.new_markdown_cell(f"*{caption}*")] * bool(caption)
+
+
+def book():
+    "The book, an HTML page with its pictures in it."
+    pages, cells = spine(), []
+    for name in pages:
+        mark = f'<div class="page" id="{name}"></div>'
+        cells.append(nbformat.v4.new_markdown_cell(mark))
+        for cell in nbformat.read(ROOT / "nbs" / name, 4).cells:
+            cells += shown(cell, pages)
+    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"output_only"}))
+    exporter = HTMLExporter(
+        config=config, embed_images=True, exclude_input_prompt=True, exclude_output_prompt=True
+    )
+    nb = nbformat.v4.new_notebook(cells=cells)
+    about = dict(metadata=dict(name=get_config().title, path=str(ROOT / "nbs")))
+    text, _ = exporter.from_notebook_node(nb, about)
+    return text.replace("</head>", f"{PRINTED}</head>", 1)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(book(), "utf-8")
