@@ -17,3 +17,20 @@ function Image(image)
   end
   return image
 end
+
+-- A short piece of code is not broken at its hyphens.
+function Code(code)
+  if utf8.len(code.text) and utf8.len(code.text) <= 24 then code.classes:insert("short") end
+  return code
+end
+
+-- Long code of a page is folded: what it gives matters more to most readers than how.
+function CodeBlock(block)
+  if not block.classes:includes("cell-code") then return nil end
+  local _, lines = block.text:gsub("\n", "\n")
+  if lines >= 40 and not block.attributes["code-fold"] then
+    block.attributes["code-fold"] = "true"
+    block.attributes["code-summary"] = (lines + 1) .. " lines of code"
+  end
+  return block
+end

@@ -21,11 +21,10 @@ img { max-width: 100%; }
 
 
 def spine():
-    "Names of the pages before the first section of the sidebar."
+    "Names of the pages that are in no section of the sidebar."
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))
     contents = site["website"]["sidebar"]["contents"]
-    sections = [i for i, entry in enumerate(contents) if isinstance(entry, dict)]
-    return contents[: sections[0]]
+    return [entry for entry in contents if isinstance(entry, str)]
 
 
 def identifier(heading):

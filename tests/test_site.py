@@ -124,9 +124,12 @@ def test_links_lead_somewhere(page):
 
 def _hrefs(items):
     for i in items:
-        yield from (
-            [i] if isinstance(i, str) else _hrefs(i["contents"]) if "contents" in i else [i["href"]]
-        )
+        if isinstance(i, str):
+            yield i
+        elif "contents" in i:
+            yield from _hrefs(i["contents"])
+        elif "href" in i:
+            yield i["href"]
 
 
 def test_sidebar_has_every_page_once():
