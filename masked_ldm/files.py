@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['set_usual_mode', 'put_in_place', 'write_whole', 'write_text', 'write_json', 'remove_leftovers', 'read_json',
-           'file_sha256', 'json_sha256', 'weights_sha256', 'keyed_generator', 'lock_folder', 'parse_shard']
+           'file_sha256', 'json_sha256', 'weights_sha256', 'keyed_generator', 'lock_folder', 'enter_repository',
+           'parse_shard']
 
 # %% ../nbs/09_files.ipynb #6f530ac5
 import hashlib
@@ -158,6 +159,17 @@ def lock_folder(
     except Timeout:
         raise BlockingIOError(f"{what} {folder} is in use by another process") from None
     return lock
+
+# %% ../nbs/09_files.ipynb #f737dd96
+def enter_repository() -> Path:  # its root
+    "Change to the root of the clone that holds the working folder. Raises FileNotFoundError outside of one."
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "settings.ini").is_file():
+            os.chdir(folder)
+            return folder
+    raise FileNotFoundError(
+        f"{Path.cwd()} is in no clone of the repository, where this page belongs: start it there"
+    )
 
 # %% ../nbs/09_files.ipynb #f1284493
 def parse_shard(
