@@ -24,13 +24,19 @@ function Code(code)
   return code
 end
 
--- Long code of a page is folded: what it gives matters more to most readers than how.
+-- Long code is folded: what it gives matters more to most readers than how.
+local FOLDED_FROM = 40  -- lines
 function CodeBlock(block)
-  if not block.classes:includes("cell-code") then return nil end
-  local _, lines = block.text:gsub("\n", "\n")
-  if lines >= 40 and not block.attributes["code-fold"] then
-    block.attributes["code-fold"] = "true"
-    block.attributes["code-summary"] = (lines + 1) .. " lines of code"
+  local _, ends = block.text:gsub("\n", "\n")
+  if ends + 1 < FOLDED_FROM then return nil end
+  local summary = (ends + 1) .. " lines of code"
+  if block.classes:includes("cell-code") then
+    if not block.attributes["code-fold"] then
+      block.attributes["code-fold"], block.attributes["code-summary"] = "true", summary
+    end
+    return block
+  elseif block.classes:includes("python") and quarto.doc.is_format("html") then  -- a signature
+    local open = pandoc.RawBlock("html", "<details><summary>" .. summary .. "</summary>")
+    return { open, block, pandoc.RawBlock("html", "</details>") }
   end
-  return block
 end
