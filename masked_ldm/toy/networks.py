@@ -391,5 +391,5 @@ def limb_lengths(
     second = np.concatenate([lengths[:, 1], lengths[:, 3], right])
     expected = np.repeat([*(ratios or _LIMB_RATIOS), 1.0], [2, 2, 4])
     measured = (first >= 6) & (second >= 6)  # not so where a joint is missing: NaN
-    errors = np.abs(np.log(second / (first * expected)))[measured]
+    errors = np.abs(np.log(second[measured] / (first * expected)[measured]))
     return int(found.sum()), float(errors.mean()) if len(errors) else np.nan
