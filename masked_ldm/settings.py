@@ -180,15 +180,14 @@ def settings_table(
     cls: type,  # a settings class
     presets: typing.Mapping[str, typing.Mapping[str, Any]] | None = None,  # {preset: {name: value}}
 ) -> str:  # Markdown
-    "Write a table of every setting with its default, range and help."
-    columns = list(presets or {"default": {}})
-    lines = [
-        "| setting | " + " | ".join(columns) + " | range | on resume | what it is |",
-        "|---|" + "---|" * (len(columns) + 3),
-    ]
+    "Write a table of every setting with its default, range and help; presets are named where they differ."
+    lines = ["| setting | default | range | on resume | what it is |", "|---|---|---|---|---|"]
     for f in fields(cls):
-        values = [(presets or {}).get(c, {}).get(f.name, f.default) for c in columns]
-        cells = [f"`{f.name}`", *(f"`{v}`" for v in values), range_of(f.metadata)]
+        users: dict[str, list[str]] = {}  # of a default
+        for preset, own in (presets or {"": {}}).items():
+            users.setdefault(f"`{own.get(f.name, f.default)}`", []).append(preset)
+        said = [value + f" {', '.join(by)}" * (len(users) > 1) for value, by in users.items()]
+        cells = [f"`{f.name}`", "; ".join(said), range_of(f.metadata)]
         cells += ["may change" if f.metadata["may_change"] else "", f.metadata["help"]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
