@@ -164,7 +164,7 @@ def lock_folder(
 def enter_repository() -> Path:  # its root
     "Change to the root of the clone that holds the working folder. Raises FileNotFoundError outside of one."
     for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "settings.ini").is_file():
+        if (folder / "settings.ini").is_file() and (folder / "masked_ldm").is_dir():
             os.chdir(folder)
             return folder
     raise FileNotFoundError(

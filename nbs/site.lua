@@ -20,7 +20,8 @@ end
 
 -- A short piece of code is not broken at its hyphens.
 function Code(code)
-  if utf8.len(code.text) and utf8.len(code.text) <= 24 then code.classes:insert("short") end
+  local is_one_word = not code.text:find("%s")
+  if is_one_word and (utf8.len(code.text) or 99) <= 32 then code.classes:insert("short") end
   return code
 end
 
@@ -29,7 +30,9 @@ local FOLDED_FROM = 40  -- lines
 function CodeBlock(block)
   local _, ends = block.text:gsub("\n", "\n")
   if ends + 1 < FOLDED_FROM then return nil end
-  local summary = (ends + 1) .. " lines of code"
+  local text = "\n" .. block.text
+  local name = text:match("\nclass ([%w_]+)") or text:match("\ndef ([%w_]+)")
+  local summary = (name and name .. ": " or "") .. (ends + 1) .. " lines of code"
   if block.classes:includes("cell-code") then
     if not block.attributes["code-fold"] then
       block.attributes["code-fold"], block.attributes["code-summary"] = "true", summary

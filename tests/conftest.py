@@ -30,7 +30,7 @@ def run(*args, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=600,
     )
     return r.returncode, r.stdout
 

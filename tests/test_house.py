@@ -272,7 +272,11 @@ def test_sidebar_order_is_file_order():
     sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))["website"]["sidebar"]
     spine = [page for page in sidebar["contents"] if isinstance(page, str)]
     assert spine[0] == "index.ipynb" and spine[1:] == sorted(spine[1:])
-    sections = [part["contents"] for part in sidebar["contents"] if "contents" in part]
+    sections = [
+        part["contents"]
+        for part in sidebar["contents"]
+        if isinstance(part, dict) and "contents" in part
+    ]
     for pages in sections:
         numbered = [p for p in pages if isinstance(p, str) and re.search(r"(^|/)\d", p)]
         assert numbered == sorted(numbered), pages

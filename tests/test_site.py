@@ -128,7 +128,7 @@ def _hrefs(items):
             yield i
         elif "contents" in i:
             yield from _hrefs(i["contents"])
-        elif "href" in i:
+        elif set(i) != {"text"}:  # a heading
             yield i["href"]
 
 
