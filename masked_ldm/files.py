@@ -162,7 +162,7 @@ def lock_folder(
 
 # %% ../nbs/09_files.ipynb #f737dd96
 def enter_repository() -> Path:  # its root
-    "Change to the root of the clone that holds the working folder. Raises FileNotFoundError outside of one."
+    "Change to the root of the clone around the working folder. Raises FileNotFoundError."
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "settings.ini").is_file() and (folder / "masked_ldm").is_dir():
             os.chdir(folder)

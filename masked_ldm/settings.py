@@ -180,7 +180,7 @@ def settings_table(
     cls: type,  # a settings class
     presets: typing.Mapping[str, typing.Mapping[str, Any]] | None = None,  # {preset: {name: value}}
 ) -> str:  # Markdown
-    "Write a table of every setting with its default, range and help; presets are named where they differ."
+    "Write a table of every setting; presets are named where their defaults differ."
     lines = ["| setting | default | range | on resume | what it is |", "|---|---|---|---|---|"]
     for f in fields(cls):
         users: dict[str, list[str]] = {}  # of a default
