@@ -8,6 +8,7 @@ __all__ = ['FEWEST', 'widening', 'bootstrap_ci', 'permutation_p', 'paired_test',
 
 # %% ../../nbs/evaluation/04_statistics.ipynb #1561489d
 import math
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import combinations
@@ -222,23 +223,27 @@ def worst(
     return [int(i) for i in order if np.isfinite(numbers[i])][:k]
 
 # %% ../../nbs/evaluation/04_statistics.ipynb #a3e523a2
+def _is_number(cell: str) -> bool:
+    "Tell whether a cell begins with a number and says little more, or says nothing."
+    return bool(re.match(r"\W*(\d|nan|inf|$)", cell)) and not re.search(r"[A-Za-z]{4}", cell)
+
+
 def markdown_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
 ) -> str:
-    "Write a Markdown table: the first column is text, the others are aligned to the right."
-    cells = [list(head), *map(list, rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
+    "Write a Markdown table: columns of numbers, but for the first, are aligned to the right."
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
+    columns = list(zip(*cells, strict=True))
+    widths = [max(3, *map(len, column)) for column in columns]
+    right = [i > 0 and all(map(_is_number, column[1:])) for i, column in enumerate(columns)]
 
     def line(row: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
+        by_column = zip(row, widths, right, strict=True)
+        return "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in by_column) + " |"
 
-    rule = ["-" * width if not i else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+    rule = ["-" * (w - r) + ":" * r for w, r in zip(widths, right, strict=True)]
+    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))
 
 
 def format_interval(low: float | None, high: float | None, spec: str = "+.3f") -> str:
