@@ -118,6 +118,8 @@ def settings(cache, tmp_path):
         cache_dir=cache,
         world_pictures=16,
         val_pictures=0,
+        size=32,  # a processor computes float16 slowly
+        crop="people",
         max_steps=4,
         batch_size=2,
         T=600,
@@ -162,11 +164,12 @@ def test_trains_nearly_as_float32_does_and_resumes_to_the_bit(card, settings, tm
 
 
 def test_a_scale_that_is_too_large_falls_and_the_steps_are_counted(card, settings, tmp_path):
-    card(2.0**40)
-    given = dict(settings, max_steps=30, balance=0.0, T=0, checkpointing_steps=30)
+    card(2.0**28)
+    given = dict(settings, max_steps=14, balance=0.0, T=0, checkpointing_steps=14)
     run = train(TrainConfig.make(**given, out_dir=str(tmp_path / "run")))
     end = state(run)
-    assert 5 < end["skipped"] < 30 and end["scaler"]["scale"] <= 2.0 ** (40 - end["skipped"] + 10)
+    assert 5 < end["skipped"] < 14
+    assert end["scaler"]["scale"] <= 2.0 ** (28 - end["skipped"] + 5)
     assert run.history[-1]["loss"] > 0
     fresh = make_branch(load_base("tiny").unet, 4).state_dict()
     moved = [name for name, value in branch(run).items() if not torch.equal(value, fresh[name])]

@@ -223,6 +223,8 @@ def test_two_processes_are_one_with_every_switch(latent, tmp_path, quick):
     given = {
         **quick,
         "T": 800,
+        "size": 32,
+        "crop": "people",
         "max_steps": 3,
         "val_pictures": 0,
         "stratified_t": True,
