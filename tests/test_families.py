@@ -33,10 +33,9 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def settings(world, cache):
-    return dict(
+def settings(short, world):
+    return short | dict(
         data_root=str(world),
-        cache_dir=cache,
         min_area=0.0,
         val_pictures=2,
         max_steps=2,
@@ -44,11 +43,7 @@ def settings(world, cache):
         T=600,
         learning_rate=1e-3,
         lr_warmup_steps=0,
-        sample_interval=100,
-        sample_steps=1,
         checkpointing_steps=1,
-        log_steps=1,
-        report_to="none",
         proportion_empty_prompts=0.5,
     )
 

@@ -113,9 +113,8 @@ def card(monkeypatch):
 
 
 @pytest.fixture
-def settings(cache, tmp_path):
-    return dict(
-        cache_dir=cache,
+def settings(short):
+    return short | dict(
         world_pictures=16,
         val_pictures=0,
         size=32,  # a processor computes float16 slowly
@@ -126,11 +125,7 @@ def settings(cache, tmp_path):
         balance=0.5,
         learning_rate=1e-3,
         lr_warmup_steps=0,
-        sample_interval=100,
-        sample_steps=1,
         checkpointing_steps=2,
-        log_steps=1,
-        report_to="none",
     )
 
 

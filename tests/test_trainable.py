@@ -32,9 +32,8 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
-def settings(cache):
-    return dict(
-        cache_dir=cache,
+def settings(short):
+    return short | dict(
         world_pictures=16,
         val_pictures=4,
         max_steps=4,
@@ -42,11 +41,7 @@ def settings(cache):
         T=600,
         learning_rate=1e-3,
         lr_warmup_steps=0,
-        sample_interval=100,
-        sample_steps=1,
         checkpointing_steps=2,
-        log_steps=1,
-        report_to="none",
     )
 
 
