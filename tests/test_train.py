@@ -93,6 +93,7 @@ SWITCHES = dict(
         gradient_checkpointing=True,
     ),
     terms=dict(
+        size=64,
         T=800,
         balance=1.0,
         x0_steps=2,
@@ -122,7 +123,6 @@ SWITCHES = dict(
         mixed_precision="bf16",
         decode_batch=1,
         crop="people",
-        size=32,
         batch_size=2,
         max_steps=2,
         checkpointing_steps=1,
@@ -223,8 +223,7 @@ def test_two_processes_are_one_with_every_switch(latent, tmp_path, quick):
     given = {
         **quick,
         "T": 800,
-        "size": 32,
-        "crop": "people",
+        "size": 64,
         "max_steps": 3,
         "val_pictures": 0,
         "stratified_t": True,
@@ -239,7 +238,7 @@ def test_two_processes_are_one_with_every_switch(latent, tmp_path, quick):
         "lambda3": 0.1,
     }
     if latent:
-        given |= dict(lpips_net="latent", lpips_views=True, lambda2=0.0, lambda3=0.0)
+        given |= dict(size=32, lpips_net="latent", lpips_views=True, lambda2=0.0, lambda3=0.0)
     with float64():
         one = train(TrainConfig.make(**given))
     two = {**given, "out_dir": str(tmp_path / "two"), "gradient_accumulation_steps": 2}
@@ -254,6 +253,7 @@ def test_two_processes_are_one_with_every_switch(latent, tmp_path, quick):
         max((v - b[k]).abs().max() for k, v in a.items())
     )
     terms = ("ldm", "lpips") if latent else ("ldm", "lpips", "face", "pose")
+    assert all(any(row[term] for row in one.history) for term in terms)
     for x, y in zip(one.history, curve(tmp_path / "two")):
         assert x["bands"] == y["bands"] and all(
             abs(x[k] - y[k]) < 2e-6
