@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,7 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, papermill, run
 
 
 def make_run(path, T=100, noise=0.03):
@@ -355,3 +356,17 @@ def test_a_misspelt_parameter_is_refused(tmp_path, monkeypatch, name, wrong):
         run_notebook(name, **{wrong: "a,b"})
     if name != "06_evaluate":
         run_notebook(name, "parameters_given(globals()")
+
+
+def test_the_report_can_be_read_while_the_experiment_runs(tmp_path):
+    "With nothing made yet, and with the files of two arms."
+    verdicts, evidence = "nbs/experiments/verdicts.ipynb", ROOT / "results" / "evidence"
+    (tmp_path / "some").mkdir()
+    for name in ("real", "hurt-base", *(f"hurt-plain-seed{seed}" for seed in (3, 4, 5, 6))):
+        for path in evidence.glob(f"{name}.*"):
+            shutil.copy(path, tmp_path / "some")
+    for folder in ("none", "some"):
+        code, text = papermill(
+            tmp_path / "o.ipynb", ("results", tmp_path / folder), notebook=verdicts
+        )
+        assert code == 0, text[-2000:]
